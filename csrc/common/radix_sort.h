@@ -1,0 +1,53 @@
+// Stable, parallel, least-significant-digit radix sort of 64-bit keys by some of their bits.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "parallel.h"
+
+namespace recsys_ops {
+
+// Sorts keys[0:size) by bits [low, low + bits), keeping the order of equal ones; scratch is as
+// large as keys. Returns whichever of the two holds the result. The result does not depend on
+// the number of threads.
+inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int low, int bits) {
+  constexpr int largest_digit = 11;
+  const int passes = (bits + largest_digit - 1) / largest_digit;
+  const int64_t tasks = task_count(size);
+  std::vector<int64_t> places;
+  for (int pass = 0, done = 0; pass < passes; ++pass) {
+    const int digit = (bits - done) / (passes - pass);
+    const int shift = low + done;
+    const int64_t buckets = int64_t{1} << digit;
+    const uint64_t mask = static_cast<uint64_t>(buckets - 1);
+    places.assign(tasks * buckets, 0);
+    run_tasks(tasks, [&](int64_t task) {
+      int64_t* counts = places.data() + task * buckets;
+      for (int64_t i = size * task / tasks; i < size * (task + 1) / tasks; ++i) {
+        ++counts[keys[i] >> shift & mask];
+      }
+    });
+    int64_t place = 0;
+    for (int64_t bucket = 0; bucket < buckets; ++bucket) {
+      for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t count = places[task * buckets + bucket];
+        places[task * buckets + bucket] = place;
+        place += count;
+      }
+    }
+    run_tasks(tasks, [&](int64_t task) {
+      int64_t* next = places.data() + task * buckets;
+      for (int64_t i = size * task / tasks; i < size * (task + 1) / tasks; ++i) {
+        scratch[next[keys[i] >> shift & mask]++] = keys[i];
+      }
+    });
+    std::swap(keys, scratch);
+    done += digit;
+  }
+  return keys;
+}
+
+}  // namespace recsys_ops

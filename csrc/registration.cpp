@@ -1,0 +1,78 @@
+// Every operator schema of the namespace recsys_ops, and the Python module recsys_ops._C.
+//
+// Schemas equal those that recsys_ops/<op>/reference.py implies.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <exception>
+
+#include "common/simd_level.h"
+
+STABLE_TORCH_LIBRARY(recsys_ops, m) {
+  m.def(
+      "embedding_bag_forward(Tensor weight, Tensor indices, Tensor offsets, Tensor? per_sample_weights, "
+      "bool mean, SymInt padding_idx, bool include_last_offset, bool drop_invalid) -> Tensor");
+  m.def(
+      "embedding_bag_max_forward(Tensor weight, Tensor indices, Tensor offsets, SymInt padding_idx, "
+      "bool include_last_offset, bool drop_invalid) -> (Tensor, Tensor)");
+  m.def(
+      "embedding_bag_backward(Tensor grad_output, Tensor indices, Tensor offsets, Tensor? per_sample_weights, "
+      "Tensor? argmax, SymInt num_embeddings, bool mean, SymInt padding_idx, bool include_last_offset, "
+      "bool drop_invalid, bool scale_grad_by_freq) -> Tensor");
+  m.def(
+      "embedding_bag_backward_sparse(Tensor grad_output, Tensor indices, Tensor offsets, "
+      "Tensor? per_sample_weights, SymInt num_embeddings, bool mean, SymInt padding_idx, "
+      "bool include_last_offset, bool drop_invalid, bool scale_grad_by_freq) -> (Tensor, Tensor)");
+  m.def(
+      "embedding_bag_backward_per_sample_weights(Tensor grad_output, Tensor weight, Tensor indices, "
+      "Tensor offsets, bool mean, SymInt padding_idx, bool include_last_offset, bool drop_invalid) -> Tensor");
+}
+
+namespace {
+
+PyObject* simd_levels(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (recsys_ops::SimdLevel level : recsys_ops::simd_levels()) {
+    PyObject* name = PyUnicode_FromString(recsys_ops::simd_level_name(level));
+    PyList_Append(names, name);
+    Py_DECREF(name);
+  }
+  return names;
+}
+
+PyObject* simd_level(PyObject*, PyObject*) {
+  try {
+    return PyUnicode_FromString(recsys_ops::simd_level_name(recsys_ops::simd_level()));
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+PyObject* set_simd_level(PyObject*, PyObject* name) {
+  PyObject* bytes = PyUnicode_AsUTF8String(name);
+  if (!bytes) {
+    return nullptr;
+  }
+  try {
+    recsys_ops::set_simd_level(PyBytes_AsString(bytes));
+  } catch (const std::exception& error) {
+    Py_DECREF(bytes);
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_DECREF(bytes);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"simd_levels", simd_levels, METH_NOARGS, "Levels that this machine can run, best first."},
+    {"simd_level", simd_level, METH_NOARGS, "The level in use."},
+    {"set_simd_level", set_simd_level, METH_O, "Use another level."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

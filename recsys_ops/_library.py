@@ -1,0 +1,50 @@
+"""Registration with PyTorch of operators and of kernels that are written in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from recsys_ops import _extension
+from recsys_ops.backends import Implementation
+
+LIBRARY = torch.library.Library("recsys_ops", "FRAGMENT")
+_ops = torch.ops.recsys_ops
+
+
+def register_kernels(
+    implementation: Implementation,
+    contract: Iterable[Callable[..., Any]],
+    fakes: dict[str, Callable[..., Any]],
+) -> SimpleNamespace | None:
+    """The registered kernels of one backend, under the names of ``contract``; None where they are absent.
+
+    Compiled backends define theirs in ``csrc/registration.cpp`` as ``<name>``. For a backend
+    in Python, ``<name>_<backend>`` is defined here, with the schema that the annotations of
+    the contract's function imply.
+    """
+    compiled = implementation.backend == "native"
+    if compiled and _extension.missing():
+        return None
+    kernels = SimpleNamespace()
+    for function in contract:
+        name = function.__name__ if compiled else f"{function.__name__}_{implementation.backend}"
+        if not compiled:
+            LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+            LIBRARY.impl(name, _loading(implementation, function.__name__), "CompositeExplicitAutograd")
+        kernel = getattr(_ops, name).default
+        torch.library.register_fake(kernel, fakes[function.__name__])
+        setattr(kernels, function.__name__, kernel)
+    return kernels
+
+
+def _loading(implementation: Implementation, name: str) -> Callable[..., Any]:
+    """The kernel, imported at its first call."""
+
+    def kernel(*args: Any) -> Any:
+        return getattr(implementation.kernels, name)(*args)
+
+    return kernel

@@ -1,0 +1,1 @@
+"""Pooled embedding lookups: sum, mean or maximum of the rows of each bag."""

@@ -1,0 +1,258 @@
+"""The public pooled embedding lookup: validation, choice of a backend, dispatch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_ops._library import register_kernels
+from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
+from recsys_ops.embedding_bag import autograd, reference
+from recsys_ops.embedding_bag.autograd import FAKES, EmbeddingBagFunction, lookup
+
+_MODES = ("sum", "mean", "max")
+_BOUNDS = ("error", "drop")
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    *,
+    bounds: str = "error",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Pool the rows of ``weight`` that each bag of indices names: sum, mean or maximum.
+
+    A drop-in for ``torch.nn.functional.embedding_bag`` that also takes
+    ``per_sample_weights`` with ``mode="mean"`` (each row times its weight, divided
+    by the number of rows), gives zeros for input of shape [B, 0], and coalesces the
+    gradient of ``sparse=True``.
+
+    Args:
+        input: int32 or int64 row numbers: [N] with ``offsets``, or [B, L] for B bags of L.
+        weight: the table, [R, D], fp16, bf16, fp32 or fp64. fp16 and bf16 accumulate in fp32.
+        offsets: int32 or int64 [B], where each bag starts in ``input``; with
+            ``include_last_offset`` [B + 1], the last being where the last bag ends.
+        max_norm: if given, rows looked up are first scaled down in place to this norm.
+        norm_type: the p of the norm for ``max_norm``.
+        scale_grad_by_freq: divide a row's gradient by how often the batch names it. Not for "max".
+        mode: ``"sum"``, ``"mean"`` or ``"max"``. A tie in "max" gives the gradient to the first entry.
+        sparse: give ``weight`` a sparse, coalesced gradient. Not for "max".
+        per_sample_weights: a factor for each entry, shape of ``input``, dtype of ``weight``;
+            differentiable. Not for "max".
+        include_last_offset: see ``offsets``.
+        padding_idx: a row that contributes nothing and gets no gradient; negative counts from the end.
+        bounds: what an index outside [0, R) does: ``"error"`` raises, ``"drop"`` contributes
+            nothing and trains nothing.
+        backend: a backend's name, or None to choose; see ``recsys_ops.explain``.
+
+    Returns:
+        [B, D] in the dtype of ``weight``; a bag without entries is 0.
+
+    Raises:
+        ValueError, TypeError: an argument's shape, dtype or combination is not as above.
+        NotImplementedError: ``per_sample_weights`` with ``mode="max"``.
+        RuntimeError: an index is out of bounds, offsets are not bags of ``input``, or the
+            backend asked for cannot serve the call.
+
+    The gradient of row r is the sum over the entries that name it of ``w_i / n_b * grad_output[b]``,
+    with n_b the entries of bag b for "mean" and 1 for "sum". It is the same to the bit for any
+    number of threads.
+
+    Example:
+        >>> import torch, recsys_ops
+        >>> weight = torch.tensor([[1., 2.], [3., 4.], [5., 6.]])
+        >>> ids, offsets = torch.tensor([0, 2, 1]), torch.tensor([0, 2])
+        >>> recsys_ops.embedding_bag(ids, weight, offsets, mode="sum")
+        tensor([[6., 8.],
+                [3., 4.]])
+    """
+    weight_dim, dtype = weight.dim(), weight.dtype
+    if weight_dim != 2:
+        raise ValueError(f"embedding_bag: expected weight of shape [R, D], got {list(weight.shape)}")
+    if dtype not in _FLOATS:
+        raise TypeError(f"embedding_bag: expected weight of dtype {_names(_FLOATS)}, got {_names([dtype])}")
+    if input.dtype not in _INTEGERS:
+        raise TypeError(
+            f"embedding_bag: expected input of dtype {_names(_INTEGERS)}, got {_names([input.dtype])}"
+        )
+    if mode not in _MODES:
+        raise ValueError(f"embedding_bag: expected mode to be one of {_MODES}, got {mode!r}")
+    if bounds not in _BOUNDS:
+        raise ValueError(f"embedding_bag: expected bounds to be one of {_BOUNDS}, got {bounds!r}")
+    if mode == "max" and (sparse or scale_grad_by_freq):
+        argument = "sparse" if sparse else "scale_grad_by_freq"
+        raise ValueError(f"embedding_bag: expected {argument}=False with mode='max', got True")
+
+    num_embeddings = weight.shape[0]
+    if padding_idx is None:
+        padding_idx = -1
+    else:
+        if not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(
+                f"embedding_bag: expected padding_idx in [{-num_embeddings}, {num_embeddings}), "
+                f"got {padding_idx}"
+            )
+        if padding_idx < 0:
+            padding_idx += num_embeddings
+
+    if per_sample_weights is not None:
+        per_sample_weights = _check_per_sample_weights(per_sample_weights, input, weight, mode)
+    if input.dim() == 2:
+        if offsets is not None:
+            raise ValueError(
+                "embedding_bag: expected offsets=None with input of shape [B, L], "
+                f"got offsets of shape {list(offsets.shape)}"
+            )
+        offsets = _offsets_of_rows(input)
+        include_last_offset = False
+        input = input.reshape(-1)
+    elif input.dim() != 1:
+        raise ValueError(f"embedding_bag: expected input of shape [N] or [B, L], got {list(input.shape)}")
+    elif offsets is None:
+        raise ValueError("embedding_bag: expected offsets with input of shape [N], got None")
+    else:
+        if offsets.dim() != 1 or (include_last_offset and offsets.shape[0] == 0):
+            wanted = "[B + 1]" if include_last_offset else "[B]"
+            raise ValueError(f"embedding_bag: expected offsets of shape {wanted}, got {list(offsets.shape)}")
+        if offsets.dtype not in _INTEGERS:
+            raise TypeError(
+                f"embedding_bag: expected offsets of dtype {_names(_INTEGERS)}, got {_names([offsets.dtype])}"
+            )
+        offsets = offsets.contiguous()
+    input = input.contiguous()
+    if input.get_device() != weight.get_device() or offsets.get_device() != weight.get_device():
+        raise ValueError(
+            f"embedding_bag: expected input and offsets on the device of weight, {weight.device}, "
+            f"got {input.device} and {offsets.device}"
+        )
+    if max_norm is not None:
+        _renormalize(weight, input, offsets, max_norm, norm_type, include_last_offset, bounds == "drop")
+
+    device = weight.device.type
+    if torch.compiler.is_compiling():
+        backend = choose_while_tracing("embedding_bag", backend, device, dtype)
+    else:
+        backend = OPERATOR.choose(Call(device, dtype), backend).backend
+    options = (
+        mode,
+        padding_idx,
+        include_last_offset,
+        bounds == "drop",
+        scale_grad_by_freq,
+        sparse,
+        backend,
+    )
+    if torch._C._functorch.maybe_current_level() is not None:
+        return torch.ops.recsys_ops.embedding_bag(weight, input, offsets, per_sample_weights, *options)[0]
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+    ):
+        return EmbeddingBagFunction.apply(weight, per_sample_weights, input, offsets, options)
+    return lookup(weight, input, offsets, per_sample_weights, *options)[0]
+
+
+def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight: Tensor, mode: str) -> Tensor:
+    if mode == "max":
+        raise NotImplementedError(
+            "embedding_bag: expected per_sample_weights=None with mode='max', got a tensor"
+        )
+    if per_sample_weights.shape != input.shape:
+        raise ValueError(
+            f"embedding_bag: expected per_sample_weights of the shape of input, {list(input.shape)}, "
+            f"got {list(per_sample_weights.shape)}"
+        )
+    if per_sample_weights.dtype != weight.dtype:
+        if not torch.is_autocast_enabled(weight.device.type):
+            raise TypeError(
+                "embedding_bag: expected per_sample_weights of the dtype of weight, "
+                f"{_names([weight.dtype])}, got {_names([per_sample_weights.dtype])}"
+            )
+        per_sample_weights = per_sample_weights.to(weight.dtype)
+    if per_sample_weights.device != weight.device:
+        raise ValueError(
+            f"embedding_bag: expected per_sample_weights on the device of weight, {weight.device}, "
+            f"got {per_sample_weights.device}"
+        )
+    return per_sample_weights.reshape(-1)
+
+
+def _offsets_of_rows(input: Tensor) -> Tensor:
+    """Where the rows of input [B, L] start: [B]."""
+    num_bags, length = input.shape
+    if length == 0:
+        return torch.zeros(num_bags, dtype=torch.int64, device=input.device)
+    return torch.arange(0, num_bags * length, length, device=input.device)
+
+
+@torch.no_grad()
+def _renormalize(
+    weight: Tensor,
+    input: Tensor,
+    offsets: Tensor,
+    max_norm: float,
+    norm_type: float,
+    include_last_offset: bool,
+    drop_invalid: bool,
+) -> None:
+    """Scale the rows looked up down to ``max_norm``, in place, once all values are known to be good."""
+    if drop_invalid:
+        reference.check_offsets(input, offsets)
+        input = input[(input >= 0) & (input < weight.shape[0])]
+    else:
+        reference.check_values(input, offsets, weight.shape[0], include_last_offset)
+        if include_last_offset:
+            input = input[: int(offsets[-1])]
+    torch.embedding_renorm_(weight, input, max_norm, norm_type)
+
+
+def _names(dtypes: Any) -> str:
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _describe(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Call:
+    return Call(weight.device.type, weight.dtype)
+
+
+def _native_rejects(call: Call) -> str | None:
+    if call.device not in ("cpu", "meta"):
+        return f"weight is on {call.device}, native kernels run on the CPU"
+    return None
+
+
+def _triton_rejects(call: Call) -> str | None:
+    return triton_rejects_device(call.device)
+
+
+OPERATOR = Operator(
+    "embedding_bag",
+    [
+        Implementation("reference", lambda: reference, lambda call: None),
+        Implementation("native", lambda: autograd.KERNELS["native"], _native_rejects),
+        Implementation(
+            "triton",
+            lambda: importlib.import_module("recsys_ops.triton_kernels.embedding_bag"),
+            _triton_rejects,
+        ),
+    ],
+    _describe,
+)
+
+for _backend, _implementation in OPERATOR.implementations.items():
+    _kernels = register_kernels(_implementation, [getattr(reference, name) for name in FAKES], FAKES)
+    if _kernels is not None:
+        autograd.KERNELS[_backend] = _kernels

@@ -1,0 +1,5 @@
+"""Drop-in modules: the classes of ``torch.nn`` with the same parameters and a faster forward."""
+
+from recsys_ops.embedding_bag.modules import EmbeddingBag
+
+__all__ = ["EmbeddingBag"]
