@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from recsys_ops import _extension
+from recsys_ops import _extension, backends
 from recsys_ops.backends import Implementation
 
 LIBRARY = torch.library.Library("recsys_ops", "FRAGMENT")
@@ -39,6 +39,23 @@ def register_kernels(
         torch.library.register_fake(kernel, fakes[function.__name__])
         setattr(kernels, function.__name__, kernel)
     return kernels
+
+
+def is_eager(backend: str | None) -> bool:
+    """Whether a call that asks for ``backend`` may bypass PyTorch's dispatcher: nothing else looks on.
+
+    Compilation, tracing, transforms, dispatch modes and the profiler look on, and so does
+    whoever asks for a backend.
+    """
+    return not (
+        backend is not None
+        or backends.is_requested()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
 
 
 def _loading(implementation: Implementation, name: str) -> Callable[..., Any]:

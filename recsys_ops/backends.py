@@ -187,6 +187,12 @@ class Operator:
 
 
 @torch.compiler.assume_constant_result
+def is_requested() -> bool:
+    """Whether ``use_backend`` or the environment asks for a backend."""
+    return _context.get() is not None or _from_environment is not None
+
+
+@torch.compiler.assume_constant_result
 def choose_while_tracing(operator: str, backend: str | None, *call: Any) -> str:
     """The chosen backend's name, as a constant of the graph that ``torch.compile`` is tracing.
 

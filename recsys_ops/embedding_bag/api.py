@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recsys_ops._library import register_kernels
+from recsys_ops import _extension
+from recsys_ops._library import is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag import autograd, reference
 from recsys_ops.embedding_bag.autograd import FAKES, EmbeddingBagFunction, lookup
@@ -81,8 +83,26 @@ def embedding_bag(
         tensor([[6., 8.],
                 [3., 4.]])
     """
-    weight_dim, dtype = weight.dim(), weight.dtype
-    if weight_dim != 2:
+    if mode in ("sum", "mean") and bounds in _BOUNDS and max_norm is None and is_eager(backend):
+        requires_grad = weight.requires_grad or (
+            per_sample_weights is not None and per_sample_weights.requires_grad
+        )
+        if not (requires_grad and torch.is_grad_enabled()):
+            output = _eager_forward(
+                weight,
+                input,
+                offsets,
+                per_sample_weights,
+                mode == "mean",
+                include_last_offset,
+                padding_idx,
+                bounds == "drop",
+            )
+            if output is not None:
+                return output
+
+    dtype = weight.dtype
+    if weight.dim() != 2:
         raise ValueError(f"embedding_bag: expected weight of shape [R, D], got {list(weight.shape)}")
     if dtype not in _FLOATS:
         raise TypeError(f"embedding_bag: expected weight of dtype {_names(_FLOATS)}, got {_names([dtype])}")
@@ -164,6 +184,18 @@ def embedding_bag(
     ):
         return EmbeddingBagFunction.apply(weight, per_sample_weights, input, offsets, options)
     return lookup(weight, input, offsets, per_sample_weights, *options)[0]
+
+
+def _load_eager_forward() -> Callable[..., Tensor | None]:
+    """The native forward past the dispatcher; returns None for calls that it leaves to the checks below."""
+    if _extension.missing():
+        return lambda *args: None
+    extension = _extension.module()
+    extension.bind_eager(Tensor, torch.nn.Parameter)
+    return extension.embedding_bag_eager  # type: ignore[no-any-return]
+
+
+_eager_forward = _load_eager_forward()
 
 
 def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight: Tensor, mode: str) -> Tensor:

@@ -1,0 +1,187 @@
+// The forward from Python objects, past the dispatcher: for small calls that need no gradient.
+#include "embedding_bag_eager.h"
+
+// The DLPack header is plain C; only its guard takes it for something unstable.
+#undef TORCH_TARGET_VERSION
+#include <ATen/dlpack.h>
+
+#include <exception>
+#include <vector>
+
+#include "embedding_bag.h"
+
+namespace recsys_ops::embedding_bag {
+namespace {
+
+const DLPackExchangeAPI* torch_tensors = nullptr;
+PyObject* tensor_type = nullptr;
+PyObject* parameter_type = nullptr;
+
+// A dense tensor on the CPU, whose fields stay valid while the object does.
+bool view(PyObject* object, int most_dims, DLTensor* tensor) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  if (type != tensor_type && type != parameter_type) {
+    return false;
+  }
+  if (torch_tensors->dltensor_from_py_object_no_sync(object, tensor) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  return tensor->device.device_type == kDLCPU && 1 <= tensor->ndim && tensor->ndim <= most_dims &&
+         tensor->dtype.lanes == 1;
+}
+
+char* data(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
+
+bool contiguous(const DLTensor& tensor) {
+  int64_t expected = 1;
+  for (int d = tensor.ndim - 1; d >= 0; --d) {
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) {
+      return false;
+    }
+    expected *= tensor.shape[d];
+  }
+  return true;
+}
+
+bool as_integers(const DLTensor& tensor, Integers* integers) {
+  if (tensor.dtype.code != kDLInt || (tensor.dtype.bits != 32 && tensor.dtype.bits != 64) || !contiguous(tensor)) {
+    return false;
+  }
+  *integers = {data(tensor), tensor.dtype.bits == 64, tensor.ndim == 1 ? tensor.shape[0] : tensor.shape[0] * tensor.shape[1]};
+  return true;
+}
+
+bool as_dtype(const DLDataType& type, DType* dtype) {
+  if (type.code == kDLBfloat && type.bits == 16) {
+    *dtype = DType::bfloat16;
+  } else if (type.code == kDLFloat && (type.bits == 16 || type.bits == 32 || type.bits == 64)) {
+    *dtype = type.bits == 16 ? DType::float16 : type.bits == 32 ? DType::float32 : DType::float64;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+PyObject* allocate(const DLTensor& like, int64_t bags, int64_t dim, void** memory) {
+  int64_t shape[2] = {bags, dim};
+  DLTensor prototype = like;
+  prototype.ndim = 2;
+  prototype.shape = shape;
+  prototype.strides = nullptr;
+  prototype.byte_offset = 0;
+  DLManagedTensorVersioned* managed = nullptr;
+  const auto failed = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
+  void* tensor = nullptr;
+  if (torch_tensors->managed_tensor_allocator(&prototype, &managed, nullptr, failed) != 0 ||
+      torch_tensors->managed_tensor_to_py_object_no_sync(managed, &tensor) != 0) {
+    return nullptr;
+  }
+  *memory = data(managed->dl_tensor);
+  return static_cast<PyObject*>(tensor);
+}
+
+// weight, input, offsets or None, per_sample_weights or None, and as integers mean,
+// include_last_offset, padding_idx, drop_invalid
+enum Argument { weight, input, offsets, factors, mean, include_last_offset, padding_idx, drop_invalid, argument_count };
+
+}  // namespace
+
+PyObject* bind_eager(PyObject*, PyObject* types) {
+  PyObject *tensor, *parameter;
+  if (!PyArg_ParseTuple(types, "OO", &tensor, &parameter)) {
+    return nullptr;
+  }
+  PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
+  if (!capsule) {
+    return nullptr;
+  }
+  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  Py_DECREF(capsule);
+  if (!api) {
+    return nullptr;
+  }
+  if (api->header.version.major != DLPACK_MAJOR_VERSION || !api->dltensor_from_py_object_no_sync) {
+    PyErr_SetString(PyExc_RuntimeError, "torch exchanges tensors by another version of DLPack");
+    return nullptr;
+  }
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  tensor_type = tensor;
+  parameter_type = parameter;
+  torch_tensors = api;
+  Py_RETURN_NONE;
+}
+
+PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  if (count != argument_count) {
+    return PyErr_Format(PyExc_TypeError, "embedding_bag_eager: expected %d arguments, got %zd", argument_count, count);
+  }
+  DLTensor rows, ids, starts, weights;
+  Table table;
+  Bags bags;
+  if (!torch_tensors || !view(given[weight], 2, &rows) || rows.ndim != 2 || !as_dtype(rows.dtype, &table.dtype) ||
+      !view(given[input], 2, &ids) || !as_integers(ids, &bags.indices)) {
+    Py_RETURN_NONE;
+  }
+  table.data = data(rows);
+  table.rows = rows.shape[0];
+  table.dim = rows.shape[1];
+  table.row_stride = rows.strides[0];
+  table.column_stride = rows.strides[1];
+
+  const bool last = PyObject_IsTrue(given[include_last_offset]) == 1;
+  std::vector<int64_t> row_starts;
+  if (ids.ndim == 2 && given[offsets] == Py_None) {
+    row_starts.resize(ids.shape[0]);
+    for (int64_t bag = 0; bag < ids.shape[0]; ++bag) {
+      row_starts[bag] = bag * ids.shape[1];
+    }
+    bags.offsets = {row_starts.data(), true, ids.shape[0]};
+    bags.count = ids.shape[0];
+  } else if (
+      ids.ndim == 1 && view(given[offsets], 1, &starts) && as_integers(starts, &bags.offsets) &&
+      bags.offsets.size >= last) {
+    bags.count = bags.offsets.size - last;
+  } else {
+    Py_RETURN_NONE;
+  }
+  bags.num_embeddings = table.rows;
+  bags.padding_idx = given[padding_idx] == Py_None ? -1 : PyLong_AsLongLong(given[padding_idx]);
+  bags.drop_invalid = PyObject_IsTrue(given[drop_invalid]) == 1;
+  if (PyErr_Occurred() || bags.padding_idx >= table.rows || bags.padding_idx < -1 ||
+      (bags.padding_idx == -1 && given[padding_idx] != Py_None)) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
+  const void* per_sample_weights = nullptr;
+  if (given[factors] != Py_None) {
+    DType dtype;
+    if (!view(given[factors], 2, &weights) || !as_dtype(weights.dtype, &dtype) || dtype != table.dtype ||
+        !contiguous(weights) || weights.ndim != ids.ndim || weights.shape[0] != ids.shape[0] ||
+        (ids.ndim == 2 && weights.shape[1] != ids.shape[1])) {
+      Py_RETURN_NONE;
+    }
+    per_sample_weights = data(weights);
+  }
+
+  void* memory = nullptr;
+  PyObject* output = allocate(rows, bags.count, table.dim, &memory);
+  if (!output) {
+    return nullptr;
+  }
+  const Mode mode = PyObject_IsTrue(given[mean]) == 1 ? Mode::mean : Mode::sum;
+  PyThreadState* thread = PyEval_SaveThread();
+  try {
+    forward(mode, table, bags, per_sample_weights, memory, nullptr);
+  } catch (const std::exception& error) {
+    PyEval_RestoreThread(thread);
+    Py_DECREF(output);
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  PyEval_RestoreThread(thread);
+  return output;
+}
+
+}  // namespace recsys_ops::embedding_bag
