@@ -1,0 +1,52 @@
+# Every target makes and uses .venv; PYTHON=python3 uses that interpreter as it is instead.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all bench gpu lint clean
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/ready
+endif
+BASE_PYTHON ?= python3
+# Any PyTorch from 2.10 on; this is the one that is tested.
+TORCH ?= torch==2.13.0
+RUN := $(PYTHON) -m recsys_ops
+
+help: ## list the targets
+	@awk -F': .*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
+	.venv/bin/python -m pip install --quiet --no-build-isolation --editable ".[triton,dev]"
+	touch $@
+
+.venv/peers: .venv/ready
+	-.venv/bin/python -m pip install --quiet fbgemm-gpu-cpu==1.8.0
+	touch $@
+
+demo: $(READY) ## train, accelerate and compare two recommenders on real data
+	$(RUN) demo
+
+test: $(READY) ## the fast tests, and in CI a share of the slow ones that changes daily
+	$(PYTHON) -m pytest --slow=$(if $(CI),share,none)
+
+test-all: $(READY) ## every test
+	$(PYTHON) -m pytest --slow=all
+
+bench: $(READY) $(READY:ready=peers) ## measure every operator against its peers
+	$(RUN) bench --json bench.json --html bench.html
+
+gpu: $(READY) ## correctness and benchmarks on this machine's GPU
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: expected a GPU that PyTorch can use, found none')"
+	$(RUN) verify
+	$(RUN) bench --json $${OUT:-.}/bench.json
+
+lint: $(READY) ## ruff and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+clean: ## remove what was built
+	rm -rf .venv build dist *.egg-info recsys_ops/*.so recsys_ops/_build_info.py demo-report
