@@ -1,0 +1,1 @@
+"""The parts of ``recsys_ops.accelerate``: finding lookups, swapping them, proving and timing the swaps."""
