@@ -47,20 +47,26 @@ FLAGS = ["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno",
 class BuildExtension(build_ext):
     """Compiles the SIMD sources for each level, and records what the build contains."""
 
+    def run(self) -> None:
+        self.info: dict[str, object] = {"requested": BUILD, "cuda": False, "simd_levels": [], "reason": None}
+        super().run()
+        package = ROOT / "recsys_ops" if self.inplace else Path(self.build_lib) / "recsys_ops"
+        package.mkdir(parents=True, exist_ok=True)
+        written = f'"""Written by setup.py."""\n\nBUILD_INFO = {self.info!r}\n'
+        (package / "_build_info.py").write_text(written)
+
     def build_extensions(self) -> None:
-        info: dict[str, object] = {"requested": BUILD, "cuda": False, "simd_levels": [], "reason": None}
         try:
             super().build_extensions()
         except Exception as error:
             if BUILD == "cpu":
                 raise
-            info["reason"] = str(error)
+            self.info["reason"] = str(error)
             print(f"recsys-ops: built without compiled kernels: {error}", file=sys.stderr)
             self.extensions = []
         else:
-            info["simd_levels"] = list(SIMD_LEVELS)
-            info["compiler"] = " ".join(self.compiler.compiler_cxx)
-        write_build_info(self, info)
+            self.info["simd_levels"] = list(SIMD_LEVELS)
+            self.info["compiler"] = " ".join(self.compiler.compiler_cxx)
 
     def build_extension(self, extension: Extension) -> None:
         from torch.utils.cpp_extension import include_paths, library_paths
@@ -99,14 +105,6 @@ class BuildExtension(build_ext):
             objects = pool.map(compile_level, SIMD_LEVELS)
             extension.extra_objects = [path for level in objects for path in level]
         super().build_extension(extension)
-
-
-def write_build_info(command: build_ext, info: dict[str, object]) -> None:
-    """Record what the build contains, for the doctor."""
-    package = ROOT / "recsys_ops" if command.inplace else Path(command.build_lib) / "recsys_ops"
-    package.mkdir(parents=True, exist_ok=True)
-    path = package / "_build_info.py"
-    path.write_text(f'"""Written by setup.py."""\n\nBUILD_INFO = {info!r}\n')
 
 
 class StableWheel(bdist_wheel):

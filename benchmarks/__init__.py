@@ -6,3 +6,7 @@ points here), because the bare name belongs to other projects.
 
 if not __name__.startswith("recsys_ops."):
     raise ImportError("import recsys_ops.benchmarks: the bare name would load a second copy of this folder")
+
+from recsys_ops.benchmarks.run import run_bench
+
+__all__ = ["run_bench"]

@@ -52,7 +52,7 @@ def is_eager(backend: str | None) -> bool:
         or backends.is_requested()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
     )

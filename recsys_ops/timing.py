@@ -57,7 +57,7 @@ def time_interleaved(
         for name in order:
             if before_each:
                 before_each()
-            samples[name].append(_seconds(candidates[name], calls[name]))
+            samples[name].append(_seconds(candidates[name], calls[name], 3 * round_seconds))
     return {name: np.array(taken) for name, taken in samples.items()}
 
 
@@ -72,8 +72,13 @@ def speedup(baseline: np.ndarray, candidate: np.ndarray, seed: int = 0) -> Ratio
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def _seconds(function: Callable[[], Any], calls: int) -> float:
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    return (time.perf_counter() - start) / calls
+def _seconds(function: Callable[[], Any], calls: int, longest: float = float("inf")) -> float:
+    """Seconds per call, over as many of the calls as start within ``longest`` seconds."""
+    batch = max(1, calls // 8)
+    start, done, elapsed = time.perf_counter(), 0, 0.0
+    while done < calls and elapsed < longest:
+        for _ in range(batch):
+            function()
+        done += batch
+        elapsed = time.perf_counter() - start
+    return elapsed / done

@@ -13,7 +13,7 @@ from recsys_ops import _extension
 from recsys_ops._library import is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag import autograd, reference
-from recsys_ops.embedding_bag.autograd import FAKES, EmbeddingBagFunction, lookup
+from recsys_ops.embedding_bag.autograd import FAKES, EmbeddingBagFunction, TransformableEmbeddingBag, lookup
 
 _MODES = ("sum", "mean", "max")
 _BOUNDS = ("error", "drop")
@@ -177,7 +177,9 @@ def embedding_bag(
         sparse,
         backend,
     )
-    if torch._C._functorch.maybe_current_level() is not None:
+    if torch._C._are_functorch_transforms_active():
+        return TransformableEmbeddingBag.apply(weight, input, offsets, per_sample_weights, *options)[0]
+    if sparse and torch.compiler.is_compiling():  # graphs have no sparse tensors, operators may
         return torch.ops.recsys_ops.embedding_bag(weight, input, offsets, per_sample_weights, *options)[0]
     if torch.is_grad_enabled() and (
         weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
@@ -220,7 +222,7 @@ def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight:
             f"embedding_bag: expected per_sample_weights on the device of weight, {weight.device}, "
             f"got {per_sample_weights.device}"
         )
-    return per_sample_weights.reshape(-1)
+    return per_sample_weights.reshape(-1).contiguous()
 
 
 def _offsets_of_rows(input: Tensor) -> Tensor:

@@ -113,6 +113,9 @@ def _gradients(
         grad_weight = torch.sparse_coo_tensor(
             rows[None], values, shape, is_coalesced=True, check_invariants=False
         )
+        # AccumulateGrad takes over a gradient that nobody else holds, and forgets that it is
+        # coalesced; it copies one that is held, here until the end of the backward pass.
+        torch.autograd.Variable._execution_engine.queue_callback([grad_weight].clear)
     elif needs_weight:
         grad_weight = kernels.embedding_bag_backward(
             grad_output,
@@ -234,8 +237,16 @@ def _backward(ctx: Any, grad_output: Tensor, _: Any) -> Any:
     return weight, None, None, per_sample_weights, *(None for _ in rest)
 
 
-# The lookup as one differentiable operator, for callers of torch.ops and for torch.func, where
-# autograd functions of this kind cannot go. Its arguments are those of the kernels, checked.
+class TransformableEmbeddingBag(torch.autograd.Function):
+    """The differentiable lookup for torch.func, in the form that it asks for."""
+
+    forward = staticmethod(_embedding_bag)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(_backward)
+
+
+# The lookup as one differentiable operator, for callers of torch.ops. Its arguments are those of
+# the kernels, checked.
 LIBRARY.define("embedding_bag" + torch.library.infer_schema(_embedding_bag, mutates_args=()))
 LIBRARY.impl("embedding_bag", _embedding_bag, "CompositeExplicitAutograd")
 torch.library.register_fake("recsys_ops::embedding_bag", _embedding_bag)

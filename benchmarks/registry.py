@@ -1,0 +1,97 @@
+"""What is measured: workloads of an operator, and the candidates that compute them.
+
+An operator is added with one file, ``suites/<operator>.py``, that holds a ``SUITE``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from recsys_ops.embedding_bag.cost import Cost
+
+Run = Callable[[Any], Any]  # one call on one batch
+Check = Callable[[Any, Any], str | None]  # (batch, what a Run gave) -> why it is wrong, or None
+
+
+class Unsupported(Exception):
+    """A candidate cannot compute a workload; the message says why."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the calls of a workload work on."""
+
+    state: Any  # the same at every call, such as a table
+    batches: Sequence[Any]  # taken in turns, so that no two successive calls see the same
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One kind of call, at one size, under one condition of the caches."""
+
+    name: str  # "group/detail/…"
+    operator: str
+    pass_: Literal["forward", "step"]
+    conditions: str  # sizes, dtype, distributions, caches: for the reader
+    rows_from: Literal["memory", "last-level cache", "cache"]  # where a row is found that is first looked up
+    case: Any  # the suite's own description, for its candidates
+    inputs: Callable[[], Inputs]
+    cost: Callable[[Any], Cost]  # of one batch
+    check: Callable[[Inputs], Check]
+    quick: bool = False  # part of a quick run
+
+    @property
+    def flushed(self) -> bool:
+        """Whether the caches are flushed before every call."""
+        return self.rows_from == "memory"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute workloads. The first of a suite is ours, the others are its peers.
+
+    ``prepare`` may take its time; it raises ``Unsupported`` where the candidate cannot serve.
+    ``variant`` turns a workload into the one that this candidate computes in its place, on the
+    same inputs: it is checked and costed as that one.
+    """
+
+    name: str
+    prepare: Callable[[Workload, Inputs], Run]
+    available: Callable[[], str | None] = lambda: None  # why it is absent here
+    applies: Callable[[Workload], bool] = lambda workload: True  # whether the comparison has a meaning
+    variant: Callable[[Workload], Workload] = lambda workload: workload
+
+
+@dataclass(frozen=True)
+class Target:
+    """The least speedup over a peer that the workloads of a pattern should reach."""
+
+    workloads: str  # a glob of names
+    peer: str
+    minimum: float
+
+
+@dataclass(frozen=True)
+class Suite:
+    """An operator's workloads, the candidates with ours first, and the targets."""
+
+    operator: str
+    workloads: Sequence[Workload]
+    candidates: Sequence[Candidate]
+    targets: Sequence[Target] = ()
+    backend: Callable[[], str] = lambda: ""  # the backend that serves ours
+
+
+@functools.cache
+def suites() -> dict[str, Suite]:
+    """Every suite by its operator's name."""
+    folder = importlib.import_module("recsys_ops.benchmarks.suites")
+    modules = (
+        importlib.import_module(f"{folder.__name__}.{m.name}") for m in pkgutil.iter_modules(folder.__path__)
+    )
+    return {module.SUITE.operator: module.SUITE for module in modules}

@@ -1,0 +1,149 @@
+"""One run: the limits of the machine, every workload of the suites asked for, and the reports."""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from recsys_ops.benchmarks.ceilings import measure_ceilings
+from recsys_ops.benchmarks.machine import cache_bytes, describe_machine, versions
+from recsys_ops.benchmarks.measure import Budget, measure
+from recsys_ops.benchmarks.registry import Suite, Workload, suites
+from recsys_ops.benchmarks.results import Results, print_results
+from recsys_ops.benchmarks.targets import judge
+from recsys_ops.html import write_atomically
+
+INTERRUPTED = 130
+_DEFAULT, _QUICK = Budget(seconds=4.0), Budget(seconds=1.0, fewest_rounds=7)
+
+
+def run_bench(
+    op: str | None = None,
+    json_path: Path | str | None = None,
+    html_path: Path | str | None = None,
+    filter: str | None = None,
+    quick: bool = False,
+    check_targets: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Measure operators against this machine's limits and against their peers; prints the result.
+
+    Args:
+        op: an operator's name; None for all.
+        json_path, html_path: files to write, if any.
+        filter: a glob of workload names, or a part of one; None for all.
+        quick: fewer workloads and shorter timings, about a minute for an operator.
+        check_targets: also tell which of the speedups aimed at were reached.
+        console: where to print; the standard output by default.
+
+    Returns:
+        0; 1 where a candidate gave a wrong result, whose speed is then not told; 2 where ``op`` or
+        ``filter`` matches nothing; 130 after Ctrl-C, with what is finished printed and written.
+
+    Example:
+        >>> run_bench("embedding_bag", filter="no such workload")  # doctest: +ELLIPSIS
+        bench: expected filter to match a workload, got 'no such workload'; there are serve/B1/D64, ...
+        2
+    """
+    console = console or Console()
+    known = suites()
+    if op is not None and op not in known:
+        return _wrong_usage(f"expected op to be one of {sorted(known)}, got {op!r}", console)
+    chosen = [known[op]] if op else list(known.values())
+    work = [(suite, workload) for suite in chosen for workload in select(suite, filter, quick)]
+    if not work:
+        names = ", ".join(w.name for suite in chosen for w in select(suite, None, quick))
+        return _wrong_usage(
+            f"expected filter to match a workload, got {filter!r}; there are {names}", console
+        )
+    results = Results(
+        operators={suite.operator: suite.backend() for suite in chosen},
+        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        quick=quick,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
+        machine=describe_machine(),
+        versions=versions(),
+    )
+    try:
+        _measure_all(work, results, _QUICK if quick else _DEFAULT, console)
+    except KeyboardInterrupt:
+        results.complete = False
+    if check_targets:
+        targets = [target for suite in chosen for target in suite.targets]
+        results.verdicts = judge(targets, results.rows)
+    print_results(results, console)
+    _write(results, json_path, html_path, console)
+    if not results.complete:
+        return INTERRUPTED
+    return 1 if results.failed else 0
+
+
+def select(suite: Suite, filter: str | None, quick: bool) -> list[Workload]:
+    """The workloads that a glob or a part of a name picks; a quick run has fewer."""
+    pattern = filter if filter and any(c in filter for c in "*?[") else f"*{filter or ''}*"
+    return [w for w in suite.workloads if fnmatch.fnmatch(w.name, pattern) and (w.quick or not quick)]
+
+
+def _wrong_usage(problem: str, console: Console) -> int:
+    console.print(f"bench: {problem}", markup=False, highlight=False, soft_wrap=True)
+    return 2
+
+
+def _measure_all(
+    work: Sequence[tuple[Suite, Workload]], results: Results, budget: Budget, console: Console
+) -> None:
+    flushed = torch.zeros(2 * cache_bytes()[1], dtype=torch.uint8)
+    with _progress(len(work) + 1, console) as start:
+        start("limits of this machine")
+        results.ceilings = measure_ceilings(repetitions=3 if results.quick else 6)
+        for suite, workload in work:
+            start(workload.name)
+            results.rows += measure(workload, suite, results.ceilings, budget, lambda: flushed.add_(1))
+    results.complete = True
+
+
+@contextmanager
+def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
+    """A function to call at the start of each of ``total`` parts: a bar on a terminal, lines elsewhere."""
+    started = 0
+    if not console.is_terminal:
+
+        def line(name: str) -> None:
+            nonlocal started
+            started += 1
+            console.print(f"{started}/{total} {name}", markup=False, highlight=False, soft_wrap=True)
+
+        yield line
+        return
+    columns: Any = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def move(name: str) -> None:
+            nonlocal started
+            bar.update(task, description=name, completed=started)
+            started += 1
+
+        yield move
+
+
+def _write(
+    results: Results, json_path: Path | str | None, html_path: Path | str | None, console: Console
+) -> None:
+    if json_path:
+        write_atomically(Path(json_path), results.to_json())
+    if html_path:
+        from recsys_ops.benchmarks.page import render_results
+
+        write_atomically(Path(html_path), render_results(results))
+    for path in filter(None, (json_path, html_path)):
+        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,398 @@
+"""The embedding bag as the correctness suite sees it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
+from recsys_ops.embedding_bag.autograd import KERNELS
+from recsys_ops.embedding_bag.mutants import MUTANTS
+from recsys_ops.testing import AWKWARD_LENGTHS, AWKWARD_WIDTHS, BadInput, Case, Inputs, Isolation, OperatorSpec
+
+
+@dataclass(frozen=True)
+class EmbeddingBagCase(Case):
+    """One call of ``embedding_bag``."""
+
+    mode: str = "sum"
+    bags: int = 7
+    length: int = 6  # of every bag for two_dim, else about the mean
+    lengths: tuple[int, ...] | None = None  # of each bag, instead of bags and length
+    rows: int = 37
+    dim: int = 5
+    ids: str = "zipf"
+    two_dim: bool = False
+    include_last_offset: bool = False
+    tail: int = 0  # entries after the last bag, the last of them invalid
+    padding_idx: int | None = None
+    weighted: bool = False
+    sparse: bool = False
+    scale_grad_by_freq: bool = False
+    renormalized: bool = False
+    norm_type: float = 2.0
+    invalid: bool = False  # some ids are outside the table, and dropped
+    ties: bool = False  # rows have many equal values
+    wide_ids: bool = True
+    wide_offsets: bool = True
+
+    def build(self, draw: Inputs) -> dict[str, Any]:
+        lengths = self._lengths(draw)
+        count = sum(lengths) + self.tail
+        ids = draw.ids(count, self.rows, self.ids, torch.int64 if self.wide_ids else torch.int32)
+        if self.padding_idx is not None:
+            ids[1::4] = self.padding_idx % self.rows
+        if self.invalid:
+            ids[::5], ids[3::7] = -1, self.rows
+        if self.tail:
+            ids[-1] = -1
+        scale = self._scale(max(1.0, sum(lengths) / max(1, len(lengths))))
+        weight = draw.normal(self.rows, self.dim, scale=scale)
+        arguments: dict[str, Any] = {
+            "input": ids,
+            "weight": weight.sign() if self.ties else weight,
+            "mode": self.mode,
+            "sparse": self.sparse,
+            "scale_grad_by_freq": self.scale_grad_by_freq,
+            "padding_idx": self.padding_idx,
+            "bounds": "drop" if self.invalid else "error",
+        }
+        if self.weighted:
+            arguments["per_sample_weights"] = draw.normal(count)
+        if self.renormalized:
+            norm = scale * self.dim ** (1 / self.norm_type)
+            arguments |= {"max_norm": 0.8 * norm, "norm_type": self.norm_type}
+        if self.two_dim:
+            for name in {"input", "per_sample_weights"} & arguments.keys():
+                arguments[name] = arguments[name].view(len(lengths), self.length)
+        else:
+            offsets = draw.offsets(lengths, torch.int64 if self.wide_offsets else torch.int32)
+            arguments["offsets"] = offsets if self.include_last_offset else offsets[:-1]
+            arguments["include_last_offset"] = self.include_last_offset
+        return arguments
+
+    @property
+    def differentiable(self) -> tuple[str, ...]:
+        return ("weight", "per_sample_weights") if self.weighted else ("weight",)
+
+    @property
+    def mutates(self) -> tuple[str, ...]:
+        return ("weight",) if self.renormalized else ()
+
+    @property
+    def signed(self) -> tuple[str, ...]:
+        return ("weight",) if self.mode == "max" else ()
+
+    def _lengths(self, draw: Inputs) -> list[int]:
+        if self.lengths is not None:
+            return list(self.lengths)
+        if self.two_dim:
+            return [self.length] * self.bags
+        return draw.lengths(self.bags, self.length)
+
+    def _scale(self, length: float) -> float:
+        """Of the table, so that the output is of order one."""
+        alike = length if self.ids == "equal" and not self.weighted else math.sqrt(length)
+        return {"sum": 1 / alike, "mean": length / alike, "max": 1.0}[self.mode]
+
+
+def _cases(*modes: str, **fields: Any) -> tuple[EmbeddingBagCase, ...]:
+    """A case for each mode, all three by default; what max does not take is left out for it."""
+    described = [EmbeddingBagCase(mode=mode, **fields) for mode in modes or ("sum", "mean", "max")]
+    not_for_max = {"weighted": False, "sparse": False, "scale_grad_by_freq": False}
+    return tuple(replace(c, **not_for_max) if c.mode == "max" else c for c in described)
+
+
+def _layouts() -> Iterable[dict[str, Any]]:
+    """Every way to say where bags are, which rows are padding, and what entries weigh."""
+    bags = ({}, {"include_last_offset": True, "tail": 3}, {"two_dim": True})
+    for bag, padding_idx, weighted in itertools.product(bags, (None, 3, -2), (False, True)):
+        yield {**bag, "padding_idx": padding_idx, "weighted": weighted}
+
+
+QUICK = (
+    EmbeddingBagCase(),
+    EmbeddingBagCase("mean", include_last_offset=True, tail=3, padding_idx=3, weighted=True, dim=17),
+    EmbeddingBagCase("max", padding_idx=-1, ties=True, dim=33, wide_ids=False),
+    EmbeddingBagCase("sum", two_dim=True, weighted=True, dim=64, wide_ids=False),
+    EmbeddingBagCase("mean", sparse=True, scale_grad_by_freq=True, ids="equal", wide_offsets=False),
+    EmbeddingBagCase("sum", sparse=True, weighted=True, invalid=True, padding_idx=2),
+    EmbeddingBagCase("max", invalid=True, include_last_offset=True, rows=5),
+    EmbeddingBagCase("mean", renormalized=True, weighted=True, dim=1),
+    EmbeddingBagCase("mean", lengths=(0, 0, 0)),
+    EmbeddingBagCase("mean", scale_grad_by_freq=True, invalid=True, dim=8),
+    EmbeddingBagCase("sum", lengths=(0, 257, 33), dim=3),
+    EmbeddingBagCase("max", lengths=(65, 0), dim=4),
+    EmbeddingBagCase("sum", bags=0, include_last_offset=True),
+)
+
+CASES = tuple(
+    itertools.chain(
+        *(_cases(**layout) for layout in _layouts()),
+        *(_cases(dim=dim, bags=4, weighted=True) for dim in AWKWARD_WIDTHS),
+        *(_cases(dim=dim, bags=4, padding_idx=0) for dim in AWKWARD_WIDTHS),
+        *(_cases(lengths=(length,), dim=33) for length in AWKWARD_LENGTHS),
+        _cases(lengths=AWKWARD_LENGTHS, dim=17, weighted=True),
+        *(
+            _cases(wide_ids=wide_ids, wide_offsets=wide_offsets, weighted=True)
+            for wide_ids, wide_offsets in itertools.product((True, False), repeat=2)
+        ),
+        *(
+            _cases("sum", "mean", sparse=True, scale_grad_by_freq=scale, weighted=weighted, padding_idx=padding_idx)
+            for scale, weighted, padding_idx in itertools.product((False, True), (False, True), (None, 1))
+        ),
+        _cases("sum", "mean", scale_grad_by_freq=True, weighted=True),
+        *(_cases(ids=law, bags=40, weighted=True) for law in ("equal", "uniform", "zipf")),
+        _cases(ids="equal", lengths=(100_000,), rows=3, dim=2),
+        _cases("sum", "mean", ids="equal", lengths=(100_000,), rows=3, dim=2, weighted=True, sparse=True),
+        *(_cases(renormalized=True, norm_type=norm_type, padding_idx=4) for norm_type in (1.0, 2.0, 3.5)),
+        *(_cases(invalid=True, weighted=weighted, tail=2, include_last_offset=True) for weighted in (False, True)),
+        _cases("sum", "mean", invalid=True, sparse=True, scale_grad_by_freq=True),
+        _cases(ties=True, dim=64, bags=20, rows=9),
+        _cases(lengths=(0,) * 5, weighted=True),
+        _cases(bags=0),
+        _cases(bags=0, include_last_offset=True, tail=4),
+        _cases(bags=0, two_dim=True, weighted=True),
+        _cases(length=0, two_dim=True, weighted=True),
+        _cases(rows=0, lengths=(0, 0), weighted=True),
+        _cases(rows=0, invalid=True, lengths=(1, 3), ids="equal"),
+        _cases("sum", "mean", rows=0, lengths=(0, 0), sparse=True),
+        _cases(rows=1, bags=3),
+        _cases(dim=0),
+    )
+)
+
+LARGE = (
+    EmbeddingBagCase("sum", bags=300, length=40, rows=500, dim=64, weighted=True, sparse=True),
+    EmbeddingBagCase("mean", bags=300, length=40, rows=500, dim=33, weighted=True, padding_idx=0),
+    EmbeddingBagCase("max", bags=300, length=40, rows=500, dim=64),
+    EmbeddingBagCase("mean", bags=64, length=400, rows=2, dim=16),
+    EmbeddingBagCase("sum", lengths=(20_000,), rows=50, dim=8, weighted=True),
+)
+
+
+def _exhaustive() -> Iterable[EmbeddingBagCase]:
+    gradients = ({}, {"sparse": True}, {"scale_grad_by_freq": True})
+    integers = itertools.product((True, False), repeat=2)
+    for layout, gradient, invalid, (wide_ids, wide_offsets), dim, bags in itertools.product(
+        _layouts(), gradients, (False, True), integers, AWKWARD_WIDTHS, (1, 7, 64)
+    ):
+        yield from _cases(
+            **layout, **gradient, invalid=invalid, wide_ids=wide_ids, wide_offsets=wide_offsets, dim=dim, bags=bags
+        )
+
+
+Arguments = dict[str, Any]
+Cotangents = tuple[Tensor | None, ...]
+
+
+def _bags_of(arguments: Arguments) -> Tensor:
+    """The bag of each entry, for arguments with ``offsets``: [N]."""
+    positions = torch.arange(len(arguments["input"]), device=arguments["input"].device)
+    return torch.searchsorted(arguments["offsets"].long(), positions, right=True) - 1
+
+
+def _poison_unreferenced(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    arguments["weight"][-1] = torch.nan
+    arguments["weight"][-2] = torch.inf
+    return {}
+
+
+def _poison_padding(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    padding = arguments["input"] == arguments["padding_idx"]
+    arguments["weight"][arguments["padding_idx"]] = torch.nan
+    if "per_sample_weights" in arguments:
+        arguments["per_sample_weights"][padding] = torch.nan
+    return {}
+
+
+def _poison_dropped(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    dropped = (arguments["input"] < 0) | (arguments["input"] >= len(arguments["weight"]))
+    arguments["per_sample_weights"][dropped] = torch.nan
+    return {}
+
+
+def _poison_tail(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    arguments["per_sample_weights"][arguments["offsets"][-1] :] = torch.nan
+    return {}
+
+
+def _poison_row(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    row = arguments["input"][4].clone()
+    arguments["weight"][row] = torch.nan
+    bags = _bags_of(arguments)
+    named = arguments["input"] == row
+    output = torch.zeros(len(arguments["offsets"]), 1, dtype=torch.bool).to(row.device)
+    output[bags[named]] = True
+    # The maximum may move elsewhere within the bags that name the row.
+    moved = torch.zeros(len(arguments["weight"]), 1, dtype=torch.bool).to(row.device)
+    if arguments["mode"] == "max":
+        moved[arguments["input"][output[bags, 0]].long()] = True
+    return {"output": output, "gradient of weight": moved, "gradient of per_sample_weights": named}
+
+
+def _poison_per_sample_weight(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    arguments["per_sample_weights"][4] = torch.nan
+    output = torch.zeros(len(arguments["offsets"]), 1, dtype=torch.bool).to(arguments["weight"].device)
+    output[_bags_of(arguments)[4]] = True
+    row = torch.zeros(len(arguments["weight"]), 1, dtype=torch.bool).to(arguments["weight"].device)
+    row[arguments["input"][4]] = True
+    return {"output": output, "gradient of weight": row}
+
+
+def _poison_gradient(arguments: Arguments, cotangents: Cotangents) -> dict[str, Tensor]:
+    bags = _bags_of(arguments)
+    assert cotangents[0] is not None
+    cotangents[0][bags[4]] = torch.nan
+    in_bag = bags == bags[4]
+    rows = torch.zeros(len(arguments["weight"]), 1, dtype=torch.bool).to(bags.device)
+    rows[arguments["input"][in_bag].long()] = True
+    return {"gradient of weight": rows, "gradient of per_sample_weights": in_bag}
+
+
+def _isolations() -> Iterable[Isolation]:
+    for case in (*_cases(weighted=True, dim=9), EmbeddingBagCase("mean", weighted=True, sparse=True, dim=9)):
+        quick = case.mode != "mean"
+        unreferenced = replace(case, rows=2000, lengths=(2, 0, 3))
+        padded = replace(case, padding_idx=2)
+        apart = replace(case, lengths=(3, 0, 4, 1, 6), ids="uniform")
+        given = [
+            ("NaN in rows that no bag names", unreferenced, _poison_unreferenced),
+            ("NaN at padding", padded, _poison_padding),
+            ("NaN in a row", apart, _poison_row),
+            ("NaN in the gradient of a bag", apart, _poison_gradient),
+        ]
+        if case.weighted:
+            given += [
+                ("NaN weight of a dropped entry", replace(case, invalid=True), _poison_dropped),
+                ("NaN weight after the last bag", replace(case, include_last_offset=True, tail=3), _poison_tail),
+                ("NaN weight of an entry", apart, _poison_per_sample_weight),
+            ]
+        for name, posed, poison in given:
+            yield Isolation(f"{name}, {case.mode}{', sparse' if case.sparse else ''}", posed, poison, quick)
+
+
+def _bad(name: str, message: str, error: type[Exception] = ValueError, **changed: Any) -> BadInput:
+    """Two bags, [1, 2] and [3, 0], of a table [5, 3], but for what is changed; a callable draws its value."""
+
+    def build(draw: Inputs) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "input": torch.tensor([1, 2, 3, 0], device=draw.device),
+            "weight": draw.normal(5, 3),
+            "offsets": torch.tensor([0, 2], device=draw.device),
+            "mode": "sum",
+        }
+        for argument, value in changed.items():
+            value = value(draw) if callable(value) else value
+            arguments[argument] = value.to(draw.device) if isinstance(value, Tensor) else value
+        return arguments
+
+    return BadInput(name, build, error, message)
+
+
+def _integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+BAD_INPUTS = (
+    _bad("weight of one dimension", r"weight of shape \[R, D\], got \[5\]", weight=lambda d: d.normal(5)),
+    _bad("weight of integers", "weight of dtype .* got int64", TypeError, weight=torch.ones(5, 3).long()),
+    _bad("input of floats", "input of dtype int64 or int32, got float32", TypeError, input=torch.ones(4)),
+    _bad("input of three dimensions", r"\[N\] or \[B, L\], got \[1, 2, 2\]", input=torch.ones(1, 2, 2).long()),
+    _bad("input without offsets", r"offsets with input of shape \[N\], got None", offsets=None),
+    _bad("two-dimensional input with offsets", "offsets=None with input", input=torch.ones(2, 2).long()),
+    _bad("offsets of floats", "offsets of dtype int64 or int32, got float32", TypeError, offsets=torch.zeros(2)),
+    _bad("offsets of two dimensions", r"offsets of shape \[B\], got \[1, 2\]", offsets=_integers(0, 2).view(1, 2)),
+    _bad("no last offset", r"offsets of shape \[B \+ 1\], got \[0\]", offsets=_integers(), include_last_offset=True),
+    _bad("offsets that start late", r"offsets\[0\] = 0, got 1", RuntimeError, offsets=_integers(1, 2)),
+    _bad(
+        "offsets that decrease",
+        r"never decrease, got offsets\[1\] = 3, offsets\[2\] = 2",
+        RuntimeError,
+        offsets=_integers(0, 3, 2),
+    ),
+    _bad("offsets past the end", r"the 4 indices, got offsets\[-1\] = 5", RuntimeError, offsets=_integers(0, 5)),
+    _bad("unknown mode", r"mode to be one of \('sum', 'mean', 'max'\), got 'median'", mode="median"),
+    _bad("unknown bounds", r"bounds to be one of \('error', 'drop'\), got 'wrap'", bounds="wrap"),
+    _bad("sparse maximum", "sparse=False with mode='max'", mode="max", sparse=True),
+    _bad("scaled maximum", "scale_grad_by_freq=False with mode='max'", mode="max", scale_grad_by_freq=True),
+    _bad("padding above the table", r"padding_idx in \[-5, 5\), got 5", padding_idx=5),
+    _bad("padding below the table", r"padding_idx in \[-5, 5\), got -6", padding_idx=-6),
+    _bad(
+        "weighted maximum",
+        "per_sample_weights=None with mode='max'",
+        NotImplementedError,
+        mode="max",
+        per_sample_weights=lambda d: d.normal(4),
+    ),
+    _bad("too few weights", r"shape of input, \[4\], got \[3\]", per_sample_weights=lambda d: d.normal(3)),
+    _bad(
+        "weights of another dtype",
+        "dtype of weight, float32, got float64",
+        TypeError,
+        per_sample_weights=torch.ones(4, dtype=torch.float64),
+    ),
+    *(
+        _bad(f"{what}, {mode}", message, RuntimeError, mode=mode, input=ids, **renormalized)
+        for mode in ("sum", "mean", "max")
+        for renormalized in ({}, {"max_norm": 0.1})
+        for what, ids, message in (
+            (f"negative id{' with max_norm' if renormalized else ''}", _integers(1, 2, -1, 0), r"\[2\] = -1"),
+            (f"id past the table{' with max_norm' if renormalized else ''}", _integers(1, 5, 3, 0), r"\[1\] = 5"),
+        )
+    ),
+    _bad("id in an empty table", r"in \[0, 0\), got indices\[0\] = 1", RuntimeError, weight=torch.ones(0, 3)),
+)
+
+
+def _registered_call(arguments: Arguments, backend: str) -> tuple[Any, tuple[Any, ...]]:
+    ids, weight, offsets = arguments["input"], arguments["weight"], arguments.get("offsets")
+    if offsets is None:
+        offsets = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)
+    weights = arguments.get("per_sample_weights")
+    padding_idx = arguments["padding_idx"]
+    return torch.ops.recsys_ops.embedding_bag.default, (
+        weight,
+        ids.reshape(-1),
+        offsets,
+        None if weights is None else weights.reshape(-1),
+        arguments["mode"],
+        -1 if padding_idx is None else padding_idx % len(weight),
+        arguments.get("include_last_offset", False),
+        arguments["bounds"] == "drop",
+        arguments["scale_grad_by_freq"],
+        arguments["sparse"],
+        backend,
+    )
+
+
+SPEC = OperatorSpec(
+    operator=OPERATOR,
+    function=embedding_bag,
+    kernels=KERNELS,
+    registered_call=_registered_call,
+    case=EmbeddingBagCase,
+    quick=QUICK,
+    cases=CASES,
+    large=LARGE,
+    small=(
+        *_cases(rows=6, dim=3, bags=4, length=3, weighted=True, padding_idx=1),
+        *_cases(rows=6, dim=3, bags=4, length=3, invalid=True, include_last_offset=True, tail=2),
+        *_cases("sum", "mean", rows=6, dim=3, bags=3, length=2, two_dim=True, weighted=True),
+    ),
+    typical=(
+        EmbeddingBagCase("mean", weighted=True, padding_idx=-1, include_last_offset=True),
+        EmbeddingBagCase("sum", sparse=True, wide_ids=False),
+        EmbeddingBagCase("max", two_dim=True),
+    ),
+    isolations=tuple(_isolations()),
+    bad_inputs=BAD_INPUTS,
+    mutants=MUTANTS,
+    exhaustive=_exhaustive,
+)
