@@ -1,0 +1,32 @@
+"""Which of the slow tests a run takes."""
+
+from __future__ import annotations
+
+import datetime
+import zlib
+
+import pytest
+
+SHARES = 6
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow",
+        choices=("none", "share", "all"),
+        default="none",
+        help=f"slow tests to run: none, one share of {SHARES} that changes daily, or all",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--slow")
+    today = datetime.date.today().toordinal() % SHARES
+
+    def runs(item: pytest.Item) -> bool:
+        if wanted == "all" or item.get_closest_marker("slow") is None:
+            return True
+        return wanted == "share" and zlib.crc32(item.nodeid.encode()) % SHARES == today
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs(item)])
+    items[:] = [item for item in items if runs(item)]
