@@ -1,0 +1,29 @@
+"""The check of the suite itself: it must reject kernels that are wrong on purpose."""
+
+from __future__ import annotations
+
+import torch
+
+from recsys_ops.testing.contract import Mutant, OperatorSpec
+from recsys_ops.testing.execution import Target, candidate, one_thread, overridden
+from recsys_ops.testing.registry import CHECKS, Result, check, demand
+
+
+@check(lambda spec, quick: spec.mutants, only_reference=True)
+def check_mutant(spec: OperatorSpec, mutant: Mutant, target: Target, dtype: torch.dtype, seed: int) -> None:
+    """The suite rejects kernels that are wrong on purpose."""
+    demand(rejection(spec, mutant, seed) is not None, f"{mutant.caught_by} does not reject this mutant")
+
+
+@one_thread()
+def rejection(spec: OperatorSpec, mutant: Mutant, seed: int = 0) -> Result | None:
+    """The first failure that a mutant of the reference kernels meets in the check that should catch it."""
+    catching = CHECKS[mutant.caught_by]
+    right = spec.operator.implementations["reference"].kernels
+    with candidate(spec, overridden(right, mutant.override(right))) as target:
+        for subject in catching.subjects(spec, False):
+            for dtype in catching.dtypes(spec, False):
+                result = catching(spec, subject, target, dtype, seed)
+                if not result.ok:
+                    return result
+    return None

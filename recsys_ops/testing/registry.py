@@ -1,0 +1,188 @@
+"""The checks by name, their results, and the examples that they make of an operator."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from recsys_ops.testing.contract import OperatorSpec
+from recsys_ops.testing.execution import Results, Target
+from recsys_ops.testing.tolerances import first_difference
+
+
+class Subject(Protocol):
+    """What a check runs on: a case, an isolation, a bad input or a mutant."""
+
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check on one subject."""
+
+    check: str
+    case: str
+    backend: str
+    dtype: str
+    ok: bool
+    detail: str
+    reproduce: str  # a line for the shell
+
+    def __str__(self) -> str:
+        said = "ok" if self.ok else self.detail
+        return f"{self.check} [{self.case}] on {self.backend}, {self.dtype}: {said}\n  reproduce: {self.reproduce}"
+
+
+Subjects = Callable[[OperatorSpec, bool], Sequence[Any]]
+DTypes = Callable[[OperatorSpec, bool], Sequence[torch.dtype]]
+Body = Callable[[OperatorSpec, Any, Target, torch.dtype, int], None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check and what it runs on; called, it gives a ``Result`` and raises nothing.
+
+    Args:
+        name: without the ``check_`` of its function.
+        body: raises where it finds a fault.
+        subjects: of a spec; with True, the few that interpreted kernels can bear.
+        dtypes: of the inputs, likewise.
+        every_simd: whether it runs on every instruction set of native kernels, or on the best.
+        only_reference: whether it runs on the reference alone.
+    """
+
+    name: str
+    body: Body
+    subjects: Subjects
+    dtypes: DTypes
+    every_simd: bool
+    only_reference: bool
+
+    def __call__(
+        self,
+        spec: OperatorSpec,
+        subject: Subject,
+        target: Target,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> Result:
+        detail = ""
+        try:
+            with target.active():
+                self.body(spec, subject, target, dtype, seed)
+        except AssertionError as error:
+            detail = str(error) or "an assertion failed"
+        except Exception as error:
+            detail = f"{type(error).__name__}: {error}"
+        line = _reproduce(spec, self.name, subject, target, dtype, seed)
+        return Result(self.name, subject.name, str(target), dtype_name(dtype), not detail, detail, line)
+
+
+CHECKS: dict[str, Check] = {}
+
+
+def first_dtype(spec: OperatorSpec, quick: bool) -> tuple[torch.dtype, ...]:
+    return spec.dtypes[:1]
+
+
+def all_dtypes(spec: OperatorSpec, quick: bool) -> tuple[torch.dtype, ...]:
+    return spec.dtypes[:1] if quick else spec.dtypes
+
+
+def check(
+    subjects: Subjects, dtypes: DTypes = first_dtype, every_simd: bool = False, only_reference: bool = False
+) -> Callable[[Body], Check]:
+    """Register a function as a check; the arguments are those of ``Check``."""
+
+    def register(body: Body) -> Check:
+        name = body.__name__.removeprefix("check_")
+        CHECKS[name] = Check(name, body, subjects, dtypes, every_simd, only_reference)
+        return CHECKS[name]
+
+    return register
+
+
+@dataclass(frozen=True)
+class Example:
+    """One check on one subject, by one target in one precision."""
+
+    check: Check
+    spec: OperatorSpec
+    subject: Subject
+    target: Target
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.check.name}-{self.subject.name}-{dtype_name(self.dtype)}-{self.target}"
+
+    def run(self, seed: int = 0) -> Result:
+        return self.check(self.spec, self.subject, self.target, self.dtype, seed)
+
+
+def examples(spec: OperatorSpec, targets: Sequence[Target], quick: bool = False) -> Iterator[Example]:
+    """Everything that the suite runs of an operator on these targets.
+
+    With ``quick``, every target runs no more than interpreted kernels do.
+    """
+    for check in CHECKS.values():
+        serving = list(_serving(check, targets))
+        work = {few: (check.subjects(spec, few), check.dtypes(spec, few)) for few in (True, False)}
+        for subject in dict.fromkeys([*work[True][0], *work[False][0]]):
+            for dtype in work[False][1]:
+                for target in serving:
+                    subjects, dtypes = work[quick or target.interpreted]
+                    if subject in subjects and dtype in dtypes:
+                        yield Example(check, spec, subject, target, dtype)
+
+
+def _serving(check: Check, targets: Sequence[Target]) -> Iterator[Target]:
+    served = set()
+    for target in targets:
+        if target.backend != "reference" and check.only_reference:
+            continue
+        if (target.backend, target.device) not in served or check.every_simd:
+            yield target
+        served.add((target.backend, target.device))
+
+
+def demand(condition: bool, detail: str) -> None:
+    """Raise AssertionError, of a check, unless the condition holds."""
+    if not condition:
+        raise AssertionError(detail)
+
+
+def demand_same_bits(found: Results, wanted: Results, runs: str) -> None:
+    """Raise AssertionError where two runs differ by a bit in what both have."""
+    for name, value in found.items():
+        difference = first_difference(value, wanted[name])
+        demand(difference is None, f"{name} of {runs}: {difference}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without ``torch.``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _reproduce(
+    spec: OperatorSpec, check: str, subject: Subject, target: Target, dtype: torch.dtype, seed: int
+) -> str:
+    words = [
+        "python",
+        "-m",
+        "recsys_ops.testing",
+        spec.name,
+        check,
+        subject.name,
+        "--backend",
+        target.backend,
+    ]
+    words += ["--dtype", dtype_name(dtype)]
+    words += ["--simd", target.simd] if target.simd else []
+    words += ["--device", target.device] if target.device != "cpu" else []
+    words += ["--seed", str(seed)] if seed else []
+    return ("TRITON_INTERPRET=1 " if target.interpreted else "") + shlex.join(words)
