@@ -5,4 +5,6 @@ points here), because the bare name belongs to other projects.
 """
 
 if not __name__.startswith("recsys_ops."):
-    raise ImportError("import recsys_ops.triton_kernels: the bare name would load a second copy of this folder")
+    raise ImportError(
+        "import recsys_ops.triton_kernels: the bare name would load a second copy of this folder"
+    )

@@ -1,0 +1,393 @@
+"""The Triton kernels, interpreted on a CPU or run on a GPU: what is not the same for every backend."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import recsys_ops
+from recsys_ops.embedding_bag import reference
+from recsys_ops.testing.inputs import with_layout
+from recsys_ops.testing.poison import poisoned_memory
+from recsys_ops.testing.tolerances import compare, first_difference
+from recsys_ops.testing.tolerances import same as equal
+
+pytest.importorskip("triton")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+if DEVICE == "cpu" and not INTERPRETED:
+    pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from recsys_ops.triton_kernels import embedding_bag as kernels  # noqa: E402
+from recsys_ops.triton_kernels.embedding_bag import (  # noqa: E402
+    EmbeddingBagBackwardConfig,
+    EmbeddingBagForwardConfig,
+)
+
+R = 7
+PADDING = 3
+BAGS: dict[str, Any] = {"padding_idx": PADDING, "include_last_offset": True, "drop_invalid": True}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def bags(
+    generator: torch.Generator,
+    lengths: list[int],
+    tail: int = 0,
+    types: tuple[torch.dtype, ...] = (torch.int64,) * 2,
+) -> tuple[Tensor, Tensor]:
+    """Ids in [-1, R], so some are out of bounds, and offsets with the end of the last bag."""
+    ids = torch.randint(-1, R + 1, (sum(lengths) + tail,), generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return ids.to(DEVICE, types[0]), offsets.to(DEVICE, types[1])
+
+
+def normal(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def whole(generator: torch.Generator, *shape: int) -> Tensor:
+    """Small integers: their sums are exact in any order."""
+    return torch.randint(-8, 9, shape, generator=generator).to(DEVICE, torch.float32)
+
+
+def agree(name: str, *args: Any, **options: Any) -> None:
+    """Hold a kernel to the error budget of the reference in the same precision."""
+
+    def run(module: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+        converted = [convert(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+        found = getattr(module, name)(*converted, **options)
+        return found if isinstance(found, tuple) else (found,)
+
+    with poisoned_memory() as violations:
+        found = run(kernels, torch.clone)
+    assert not violations
+    eager, exact = run(reference, torch.clone), run(reference, Tensor.double)
+    magnitude = run(reference, lambda t: t.double().abs())
+    for result in zip(found, eager, exact, magnitude, strict=True):
+        if result[0].is_floating_point():
+            comparison = compare(*result)
+            assert comparison, f"{name}: {comparison.detail}"
+        else:
+            assert torch.equal(result[0], result[1])
+
+
+def same(name: str, *args: Any, **options: Any) -> Any:
+    """Hold a kernel to the very values of the reference; gives back the result."""
+    found, wanted = (getattr(module, name)(*args, **options) for module in (kernels, reference))
+    pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
+    for f, w in pairs:
+        assert (f.shape, f.dtype) == (w.shape, w.dtype)
+        assert equal(f, w).all(), f"{name}: got {f}, expected {w}"
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in vars(reference) if name.startswith("embedding_bag_")])
+def test_signatures_are_those_of_the_contract(name: str) -> None:
+    ours, wanted = (inspect.signature(getattr(module, name)) for module in (kernels, reference))
+    assert ours == wanted
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "types"),
+    [
+        (torch.float32, 5, (torch.int64, torch.int32)),
+        (torch.float16, 12, (torch.int32, torch.int64)),
+        (torch.bfloat16, 1, (torch.int32, torch.int32)),
+        (torch.float64, 66, (torch.int64, torch.int64)),
+    ],
+)
+@pytest.mark.parametrize("mean", [False, True])
+def test_sum_and_mean(
+    generator: torch.Generator, dtype: torch.dtype, dim: int, types: tuple[torch.dtype, ...], mean: bool
+) -> None:
+    indices, offsets = bags(generator, [3, 0, 11, 1], tail=2, types=types)
+    weight, factors = normal(generator, R, dim, dtype=dtype), normal(generator, 17, dtype=dtype)
+    grad = normal(generator, 4, dim, dtype=dtype)
+    for given in (None, factors):
+        agree("embedding_bag_forward", weight, indices, offsets, given, mean, **BAGS)
+    of_entries = (grad, indices, offsets, factors if mean else None)
+    agree("embedding_bag_backward", *of_entries, None, R, mean, **BAGS, scale_grad_by_freq=mean)
+    agree("embedding_bag_backward_sparse", *of_entries, R, mean, **BAGS, scale_grad_by_freq=not mean)
+    agree("embedding_bag_backward_per_sample_weights", grad, weight, indices, offsets, mean, **BAGS)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 5), (torch.float16, 12), (torch.float64, 66)])
+def test_maximum(generator: torch.Generator, dtype: torch.dtype, dim: int) -> None:
+    indices, offsets = bags(generator, [3, 0, 11, 1], tail=2)
+    weight = normal(generator, R, dim, dtype=dtype).round()  # ties
+    weight[1, ::2], weight[2] = torch.nan, -torch.inf
+    _, argmax = same("embedding_bag_max_forward", weight, indices, offsets, **BAGS)
+    grad = normal(generator, 4, dim, dtype=dtype)
+    options = {"mean": False, **BAGS, "scale_grad_by_freq": False}
+    agree("embedding_bag_backward", grad, indices, offsets, None, argmax, R, **options)
+
+
+def test_maximum_of_bags_that_start_with_dead_entries_and_nan() -> None:
+    weight = torch.tensor([[torch.nan], [-torch.inf], [5.0], [9.0]], device=DEVICE)
+    lists = [[3, 0, 2], [3, -1, 1, 0], [0, 2], [2, 0], [1, 1], [3, 4]]
+    indices = torch.tensor(list(itertools.chain(*lists)), device=DEVICE)
+    offsets = torch.tensor([0, *map(len, lists)], device=DEVICE).cumsum(0)
+    output, argmax = same("embedding_bag_max_forward", weight, indices, offsets, **BAGS)
+    assert argmax.flatten().tolist() == [1, 2, 0, 0, 0, -1]
+    assert output.isnan().flatten().tolist() == [True, False, True, False, False, False]
+
+
+class Tiles:
+    """Replaces the default tiles inside a test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def use(self, config: EmbeddingBagForwardConfig | EmbeddingBagBackwardConfig) -> None:
+        assert config.is_valid
+        self.monkeypatch.setattr(type(config), "default", lambda *args: config)
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
+    return Tiles(monkeypatch)
+
+
+def test_tiles_do_not_change_the_forward_by_a_bit(generator: torch.Generator, tiles: Tiles) -> None:
+    indices, offsets = bags(generator, [3, 0, 9, 1])
+    weight, factors = normal(generator, R, 6), normal(generator, 13)
+    outputs, maxima = [], []
+    for block_d, bags_per_program, rows in ((8, 1, 8), (4, 2, 2), (1, 8, 4)):
+        tiles.use(EmbeddingBagForwardConfig(block_d, bags_per_program, rows))
+        outputs.append(kernels.embedding_bag_forward(weight, indices, offsets, factors, True, **BAGS))
+        maxima.append(kernels.embedding_bag_max_forward(weight, indices, offsets, **BAGS))
+    for output, (highest, argmax) in zip(outputs[1:], maxima[1:], strict=True):
+        assert first_difference(output, outputs[0]) is None
+        assert first_difference(highest, maxima[0][0]) is None
+        assert first_difference(argmax, maxima[0][1]) is None
+
+
+RUNS = [[1] * 9, [4, 4], [3, 1, 4], [8], [2, 7, 1, 1], [17], [1, 16, 1], [5, 1, 1, 1, 9]]
+
+
+@pytest.mark.parametrize("lengths", RUNS, ids=str)
+@pytest.mark.parametrize("dead", [0, 3])
+def test_runs_that_cross_chunks(
+    generator: torch.Generator, tiles: Tiles, monkeypatch: pytest.MonkeyPatch, lengths: list[int], dead: int
+) -> None:
+    tiles.use(EmbeddingBagBackwardConfig(block_d=2, chunks_per_program=2, chunk=4, rows_in_flight=2))
+    monkeypatch.setattr(kernels, "PARTS", 2)
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    indices = torch.cat([rows, torch.full((dead,), -1)])
+    indices = indices[torch.randperm(len(indices), generator=generator)].to(DEVICE)
+    offsets = torch.arange(0, len(indices), 2, device=DEVICE)
+    grad = whole(generator, len(offsets), 3)
+    options = {"mean": False, "padding_idx": -1, "include_last_offset": False, "drop_invalid": True}
+    options |= {"scale_grad_by_freq": False}
+    same("embedding_bag_backward", grad, indices, offsets, None, None, len(lengths) + 1, **options)
+    same("embedding_bag_backward_sparse", grad, indices, offsets, None, len(lengths) + 1, **options)
+
+
+def test_one_run_over_many_default_chunks(generator: torch.Generator) -> None:
+    chunk = EmbeddingBagBackwardConfig.default(1, torch.float16).chunk
+    count = chunk * (kernels.PARTS + 2) + 1
+    indices = torch.ones(count, dtype=torch.int64, device=DEVICE)
+    offsets = torch.arange(0, count, 16, device=DEVICE)
+    grad = whole(generator, len(offsets), 1).half()
+    found = same(
+        "embedding_bag_backward", grad, indices, offsets, None, None, 3, True, -1, False, False, True
+    )
+    assert found[1] != 0
+
+
+def test_backward_three_times_gives_the_same_bits(generator: torch.Generator) -> None:
+    indices, offsets = bags(generator, [40, 2, 30])
+    grad, factors = normal(generator, 3, 3), normal(generator, 72)
+    args = (grad, indices, offsets, factors, None, R, True, PADDING, True, True, False)
+    first, *others = (kernels.embedding_bag_backward(*args) for _ in range(3))
+    assert all(first_difference(other, first) is None for other in others)
+
+
+@pytest.mark.parametrize(
+    "layout", ["columns of a wider tensor", "transposed", "every second element", "expanded"]
+)
+def test_strided_weights(generator: torch.Generator, layout: str) -> None:
+    indices, offsets = bags(generator, [3, 0, 5])
+    weight = whole(generator, R, 4)
+    weight = weight[:1].expand(R, 4) if layout == "expanded" else with_layout(weight, layout)
+    same("embedding_bag_forward", weight, indices, offsets, None, False, **BAGS)
+    same("embedding_bag_max_forward", weight, indices, offsets, **BAGS)
+    grad = whole(generator, 3, 4)
+    same("embedding_bag_backward_per_sample_weights", grad, weight, indices, offsets, False, **BAGS)
+
+
+def test_rows_past_two_to_the_31_elements() -> None:
+    rows, dim = 2**31 // 64 + 2, 64
+    try:
+        weight = torch.empty(
+            rows, dim, dtype=torch.float16, device=DEVICE
+        )  # only what is touched takes memory
+    except RuntimeError as error:
+        pytest.skip(f"not enough memory: {error}")
+    weight[[0, rows - 1]] = torch.tensor([[1.0], [2.0]], dtype=torch.float16, device=DEVICE)
+    indices, offsets = torch.tensor([rows - 1], device=DEVICE), torch.tensor([0], device=DEVICE)
+    assert kernels.embedding_bag_forward(weight, indices, offsets, None, False, -1, False, False).eq(2).all()
+
+
+@pytest.mark.parametrize(
+    ("indices", "offsets", "num_embeddings", "dim"),
+    [
+        pytest.param([1, 2], [0], 4, 3, id="no bags"),
+        pytest.param([], [0, 0, 0], 4, 3, id="no entries"),
+        pytest.param([], [0], 0, 3, id="nothing"),
+        pytest.param([0, 5], [0, 1, 2], 0, 3, id="no rows"),
+        pytest.param([1, 2], [0, 1, 2], 4, 0, id="no columns"),
+        pytest.param([-1, 9, 9], [0, 2, 3], 4, 3, id="all dropped"),
+    ],
+)
+def test_nothing_to_do(indices: list[int], offsets: list[int], num_embeddings: int, dim: int) -> None:
+    ids = torch.tensor(indices, dtype=torch.int64, device=DEVICE)
+    starts = torch.tensor(offsets, device=DEVICE)
+    weight = torch.ones(num_embeddings, dim, device=DEVICE)
+    grad = torch.ones(len(offsets) - 1, dim, device=DEVICE)
+    with poisoned_memory():
+        same("embedding_bag_forward", weight, ids, starts, None, True, **BAGS)
+        if dim and len(offsets) > 1 and (indices or num_embeddings):
+            same("embedding_bag_max_forward", weight, ids, starts, **BAGS)
+        frequency = {"scale_grad_by_freq": True}
+        same(
+            "embedding_bag_backward", grad, ids, starts, None, None, num_embeddings, True, **BAGS, **frequency
+        )
+        same(
+            "embedding_bag_backward_sparse",
+            grad,
+            ids,
+            starts,
+            None,
+            num_embeddings,
+            True,
+            **BAGS,
+            **frequency,
+        )
+        same("embedding_bag_backward_per_sample_weights", grad, weight, ids, starts, True, **BAGS)
+
+
+def test_nan_of_dead_entries_reaches_nothing(generator: torch.Generator) -> None:
+    indices, offsets = bags(generator, [3, 0, 11, 1], tail=2)
+    weight, factors, grad = whole(generator, R, 3), whole(generator, 17), whole(generator, 4, 3)
+    weight[PADDING] = torch.nan
+    dead = (indices < 0) | (indices >= R) | (indices == PADDING)
+    dead[15:] = True
+    factors[dead] = torch.nan
+    same("embedding_bag_forward", weight, indices, offsets, factors, False, **BAGS)
+    _, argmax = same("embedding_bag_max_forward", weight, indices, offsets, **BAGS)
+    rest = {"num_embeddings": R, "mean": False, **BAGS, "scale_grad_by_freq": False}
+    same("embedding_bag_backward", grad, indices, offsets, factors, None, **rest)
+    same("embedding_bag_backward", grad, indices, offsets, None, argmax, **rest)
+    same("embedding_bag_backward_sparse", grad, indices, offsets, factors, **rest)
+    found = same("embedding_bag_backward_per_sample_weights", grad, weight, indices, offsets, False, **BAGS)
+    assert dead.any() and not found[dead].any()
+
+
+BAD = [
+    pytest.param([0, 1], [1, 2], True, id="first offset"),
+    pytest.param([0, 1], [0, 2, 1], False, id="decreasing offsets"),
+    pytest.param([0, 1], [0, 3], False, id="offset past the end"),
+    pytest.param([0, R, -1], [0, 3], False, id="index past the end"),
+    pytest.param([0, 1, -5], [0, 3], True, id="negative index"),
+]
+
+
+@pytest.mark.skipif(
+    DEVICE != "cpu", reason="on a GPU an assertion in the kernel ends the process's use of it"
+)
+@pytest.mark.parametrize(("indices", "offsets", "include_last_offset"), BAD)
+def test_bad_values_are_refused_like_the_reference_does(
+    indices: list[int], offsets: list[int], include_last_offset: bool
+) -> None:
+    ids, starts = torch.tensor(indices), torch.tensor(offsets)
+    weight, grad = torch.ones(R, 2), torch.ones(len(offsets) - include_last_offset, 2)
+    for drop_invalid in (False, True):
+        options = {
+            "padding_idx": -1,
+            "include_last_offset": include_last_offset,
+            "drop_invalid": drop_invalid,
+        }
+        frequency = {"scale_grad_by_freq": False}
+        calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+            "embedding_bag_forward": ((weight, ids, starts, None, False), options),
+            "embedding_bag_max_forward": ((weight, ids, starts), options),
+            "embedding_bag_backward": ((grad, ids, starts, None, None, R, False), options | frequency),
+            "embedding_bag_backward_sparse": ((grad, ids, starts, None, R, False), options | frequency),
+            "embedding_bag_backward_per_sample_weights": ((grad, weight, ids, starts, False), options),
+        }
+        for name, (args, given) in calls.items():
+            assert _message(kernels, name, args, given) == _message(reference, name, args, given)
+    assert _message(reference, name, args, options | {"drop_invalid": False}) is not None
+
+
+def _message(module: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]) -> str | None:
+    try:
+        getattr(module, name)(*args, **options)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def test_ids_after_the_last_bag_are_not_checked(generator: torch.Generator) -> None:
+    indices, offsets = torch.tensor([1, 2, 99], device=DEVICE), torch.tensor([0, 2], device=DEVICE)
+    same("embedding_bag_forward", whole(generator, R, 2), indices, offsets, None, False, -1, True, False)
+
+
+def test_default_tiles_are_valid() -> None:
+    dims = [1, 2, 3, 4, 5, 31, 32, 33, 100, 128, 1000, 1024, 1025, 8192]
+    for dim, dtype, lanes in itertools.product(dims, (torch.float16, torch.float32, torch.float64), (32, 64)):
+        for config in (EmbeddingBagForwardConfig, EmbeddingBagBackwardConfig):
+            assert config.default(dim, dtype, lanes).is_valid
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EmbeddingBagForwardConfig(12, 1),
+        EmbeddingBagForwardConfig(128, 0),
+        EmbeddingBagForwardConfig(1024, 64, 8, 1),
+        EmbeddingBagForwardConfig(128, 1, 8, 64),
+        EmbeddingBagBackwardConfig(128, 1, chunk=4, rows_in_flight=8),
+        EmbeddingBagBackwardConfig(128, 1, chunk=24),
+    ],
+)
+def test_invalid_tiles(config: EmbeddingBagForwardConfig | EmbeddingBagBackwardConfig) -> None:
+    assert not config.is_valid
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_through_the_public_function(generator: torch.Generator, sparse: bool) -> None:
+    weight = whole(generator, R, 3).requires_grad_()
+    factors = whole(generator, 8).requires_grad_()
+    indices, offsets = (
+        torch.tensor([5, 1, 1, 3, 5, 5, 0, 2], device=DEVICE),
+        torch.tensor([0, 3], device=DEVICE),
+    )
+    found, wanted = (
+        torch.autograd.grad(
+            call(indices, weight, offsets, mode="sum", per_sample_weights=factors, sparse=sparse).sum(),
+            (weight, factors),
+        )
+        for call in (_triton, torch.nn.functional.embedding_bag)
+    )
+    assert torch.equal(found[0].to_dense(), wanted[0].to_dense())
+    assert torch.equal(found[1], wanted[1])
+    assert not sparse or found[0].is_coalesced()
+
+
+def _triton(*args: Any, **options: Any) -> Tensor:
+    return recsys_ops.embedding_bag(*args, **options, backend="triton")

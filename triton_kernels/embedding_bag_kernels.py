@@ -1,0 +1,359 @@
+"""Device code of the embedding bag; ``embedding_bag.py`` launches it.
+
+Programs of a two-dimensional grid are numbered by bags (or chunks) first, then by blocks of
+columns. Shapes in comments: BAGS or CHUNKS side by side, BLOCK_D columns each.
+
+A table's width and strides are compile-time constants: so the compiler drops the mask of
+full tiles, proves alignment, and gets 16-byte loads where they exist. What varies
+from batch to batch is never specialised on.
+"""
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+_VARYING = ["num_bags", "num_offsets", "num_indices", "num_embeddings", "num_rows", "padding_idx"]
+
+
+@triton.jit
+def _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices):
+    """First entry and end of each bag, within the indices whatever the offsets say: int64."""
+    exists = bags < num_bags
+    bounded = bags + 1 < num_offsets
+    begin = tl.load(offsets_ptr + bags, mask=exists, other=0).to(tl.int64)
+    end = tl.load(offsets_ptr + bags + 1, mask=exists & bounded, other=0).to(tl.int64)
+    end = tl.where(exists, tl.where(bounded, end, num_indices), 0)
+    ordered = (begin <= end) & (end <= num_indices) & tl.where(bags == 0, begin == 0, begin >= 0)
+    tl.device_assert(ordered, "embedding_bag: expected offsets from 0, never decreasing, within the indices")
+    return tl.maximum(begin, 0), tl.minimum(end, num_indices)
+
+
+@triton.jit
+def _live_rows(indices_ptr, entries, in_bag, num_embeddings, padding_idx):
+    """Row numbers, and which of them are live."""
+    rows = tl.load(indices_ptr + entries, mask=in_bag, other=-1).to(tl.int64)
+    return rows, (rows >= 0) & (rows < num_embeddings) & (rows != padding_idx)
+
+
+@triton.jit
+def _count_live(
+    indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID: tl.constexpr, BAGS: tl.constexpr
+):
+    """Live entries of each bag, [BAGS], asserting that all are valid unless they may be dropped.
+
+    Reads 32 ids of a bag at a time, so whoever reads them next finds them in the cache.
+    """
+    count = tl.zeros([BAGS, 32], tl.int32)
+    for first in range(0, tl.max(end - begin), 32):
+        entries = begin[:, None] + first + tl.arange(0, 32)[None, :]
+        inside = entries < end[:, None]
+        rows, live = _live_rows(indices_ptr, entries, inside, num_embeddings, padding_idx)
+        if not DROP_INVALID:
+            valid = live | (rows == padding_idx) | ~inside
+            tl.device_assert(valid, "embedding_bag: expected indices in [0, num_embeddings)")
+        count += live
+    return tl.sum(count, 1)
+
+
+@triton.jit
+def _divide(x, y):
+    """Rounded to nearest; the plain division of fp32 is off by up to 2 ulp."""
+    if x.dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_forward_kernel(
+    output_ptr,
+    weight_ptr,
+    indices_ptr,
+    offsets_ptr,
+    per_sample_weights_ptr,
+    num_bags,
+    num_offsets,
+    num_indices,
+    num_embeddings,
+    padding_idx,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    MEAN: tl.constexpr,
+    DROP_INVALID: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum or mean of each bag, its entries added in order."""
+    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = (columns < D)[None, :]
+    table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
+    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    if MEAN or not DROP_INVALID:
+        size = _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+    pooled = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
+    for first in range(0, tl.max(end - begin), ROWS):
+        in_flight = ()
+        factors = ()
+        for i in tl.static_range(ROWS):
+            entries = begin + (first + i)
+            rows, live = _live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
+            in_flight += (
+                tl.load(table + (rows * ROW_STRIDE)[:, None], mask=live[:, None] & in_row, other=0),
+            )
+            if per_sample_weights_ptr is not None:
+                factors += (tl.load(per_sample_weights_ptr + entries, mask=live, other=0),)
+        for i in tl.static_range(ROWS):
+            if per_sample_weights_ptr is None:
+                pooled += in_flight[i].to(ACCUMULATE)
+            else:
+                pooled += in_flight[i].to(ACCUMULATE) * factors[i].to(ACCUMULATE)[:, None]
+    if MEAN:
+        pooled = _divide(pooled, tl.maximum(size, 1).to(ACCUMULATE)[:, None])
+    cells = (bags * D)[:, None] + columns[None, :]
+    tl.store(output_ptr + cells, pooled, mask=(bags < num_bags)[:, None] & in_row)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_max_forward_kernel(
+    output_ptr,
+    argmax_ptr,
+    weight_ptr,
+    indices_ptr,
+    offsets_ptr,
+    num_bags,
+    num_offsets,
+    num_indices,
+    num_embeddings,
+    padding_idx,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    DROP_INVALID: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Maximum of each bag and the position of its first occurrence."""
+    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = (columns < D)[None, :]
+    table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
+    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    if not DROP_INVALID:
+        _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+    highest = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
+    argmax = tl.full([BAGS, BLOCK_D], -1, tl.int32)
+    for first in range(0, tl.max(end - begin), ROWS):
+        in_flight = ()
+        positions = ()
+        for i in tl.static_range(ROWS):
+            entries = begin + (first + i)
+            rows, live = _live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
+            in_flight += (
+                tl.load(table + (rows * ROW_STRIDE)[:, None], mask=live[:, None] & in_row, other=0),
+            )
+            positions += (tl.where(live, first + i, -1).to(tl.int32),)
+        for i in tl.static_range(ROWS):
+            values = in_flight[i].to(ACCUMULATE)
+            # A NaN compares as false, so it wins only where there is no maximum yet, and then stays.
+            better = (positions[i] >= 0)[:, None] & ((argmax < 0) | (values > highest))
+            highest = tl.where(better, values, highest)
+            argmax = tl.where(better, positions[i][:, None], argmax)
+    cells = (bags * D)[:, None] + columns[None, :]
+    mask = (bags < num_bags)[:, None] & in_row
+    tl.store(output_ptr + cells, highest, mask=mask)
+    tl.store(argmax_ptr + cells, argmax, mask=mask)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_entries_kernel(
+    keys_ptr,
+    bags_ptr,
+    factors_ptr,
+    indices_ptr,
+    offsets_ptr,
+    per_sample_weights_ptr,
+    num_bags,
+    num_offsets,
+    num_indices,
+    num_embeddings,
+    padding_idx,
+    MEAN: tl.constexpr,
+    DROP_INVALID: tl.constexpr,
+    BAGS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Row, bag and factor of each live entry: the factor is its weight, over the bag's size for a mean."""
+    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    if MEAN or not DROP_INVALID:
+        size = _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+    for first in range(0, tl.max(end - begin), ENTRIES):
+        entries = begin[:, None] + first + tl.arange(0, ENTRIES)[None, :]
+        rows, live = _live_rows(indices_ptr, entries, entries < end[:, None], num_embeddings, padding_idx)
+        tl.store(keys_ptr + entries, rows, mask=live)
+        tl.store(bags_ptr + entries, tl.broadcast_to(bags[:, None], [BAGS, ENTRIES]), mask=live)
+        if factors_ptr is not None:
+            factors = tl.full([BAGS, ENTRIES], 1, factors_ptr.dtype.element_ty)
+            if per_sample_weights_ptr is not None:
+                factors = tl.load(per_sample_weights_ptr + entries, mask=live, other=0).to(factors.dtype)
+            if MEAN:
+                factors = _divide(factors, tl.maximum(size, 1).to(factors.dtype)[:, None])
+            tl.store(factors_ptr + entries, factors, mask=live)
+
+
+@triton.jit
+def _load_rows(rows_ptr, positions, num_indices, num_rows):
+    """Rows of sorted entries; ``num_rows``, the mark of a dead entry, before the first and after the last."""
+    return tl.load(rows_ptr + positions, mask=(positions >= 0) & (positions < num_indices), other=num_rows)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_backward_kernel(
+    grad_weight_ptr,
+    partials_ptr,
+    grad_output_ptr,
+    rows_ptr,
+    order_ptr,
+    bags_ptr,
+    factors_ptr,
+    argmax_ptr,
+    offsets_ptr,
+    num_indices,
+    num_rows,
+    D: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sums the runs in each chunk of sorted entries, in order.
+
+    A run that starts and ends in the chunk goes to its row of the gradient. Of one that crosses
+    chunks, the first part goes to ``partials[chunk, 1]``, each later part to ``partials[chunk, 0]``.
+    """
+    chunks = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = (columns < D)[None, :]
+    begin = chunks * CHUNK
+    first_row = _load_rows(rows_ptr, begin, num_indices, num_rows)
+    starts_before = (first_row < num_rows) & (
+        first_row == _load_rows(rows_ptr, begin - 1, num_indices, num_rows)
+    )
+    run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
+    first_run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
+    for first in range(0, CHUNK, ROWS):
+        rows = (_load_rows(rows_ptr, begin + first, num_indices, num_rows),)
+        in_flight = ()
+        factors = ()
+        for i in tl.static_range(ROWS):
+            positions = begin + (first + i)
+            live = rows[i] < num_rows
+            entries = tl.load(order_ptr + positions, mask=live, other=0)
+            bags = tl.load(bags_ptr + entries, mask=live, other=0).to(tl.int64)
+            cells = (bags * D)[:, None] + columns[None, :]  # [CHUNKS, BLOCK_D]
+            values = tl.load(grad_output_ptr + cells, mask=live[:, None] & in_row, other=0)
+            if factors_ptr is not None:
+                factors += (tl.load(factors_ptr + entries, mask=live, other=0),)
+            if argmax_ptr is not None:
+                position_in_bag = entries - tl.load(offsets_ptr + bags, mask=live, other=0)
+                winner = tl.load(argmax_ptr + cells, mask=live[:, None] & in_row, other=-1)
+                values = tl.where(winner == position_in_bag[:, None], values, 0)
+            in_flight += (values,)
+            rows += (_load_rows(rows_ptr, positions + 1, num_indices, num_rows),)
+        for i in tl.static_range(ROWS):
+            if factors_ptr is None:
+                run += in_flight[i].to(ACCUMULATE)
+            else:
+                run += in_flight[i].to(ACCUMULATE) * factors[i][:, None]
+            in_first_run = starts_before & (rows[i] == first_row)
+            ends = (rows[i] < num_rows) & (rows[i] != rows[i + 1])
+            target = grad_weight_ptr + (rows[i].to(tl.int64) * D)[:, None] + columns[None, :]
+            tl.store(target, run, mask=(ends & ~in_first_run)[:, None] & in_row)
+            first_run = tl.where(in_first_run[:, None], run, first_run)
+            run = tl.where(ends[:, None], 0, run)
+    last_row = _load_rows(rows_ptr, begin + CHUNK - 1, num_indices, num_rows)
+    goes_on = (last_row < num_rows) & (last_row == _load_rows(rows_ptr, begin + CHUNK, num_indices, num_rows))
+    is_first_part = goes_on & ~(starts_before & (last_row == first_row))
+    partials = partials_ptr + (chunks * 2 * D)[:, None] + columns[None, :]
+    tl.store(partials, first_run, mask=starts_before[:, None] & in_row)
+    tl.store(partials + D, run, mask=is_first_part[:, None] & in_row)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_backward_long_runs_kernel(
+    grad_weight_ptr,
+    partials_ptr,
+    rows_ptr,
+    num_indices,
+    num_rows,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Adds up, in order, the parts of the run that starts in this chunk and goes on after it, if any does."""
+    chunk = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = columns < D
+    last = (chunk + 1) * CHUNK - 1
+    row = _load_rows(rows_ptr, last, num_indices, num_rows)
+    goes_on = (row < num_rows) & (row == _load_rows(rows_ptr, last + 1, num_indices, num_rows))
+    if goes_on & (row != _load_rows(rows_ptr, chunk * CHUNK - 1, num_indices, num_rows)):
+        num_parts = 0
+        while goes_on:
+            starts = (chunk + 1 + num_parts + tl.arange(0, 128)) * CHUNK
+            found = tl.sum((_load_rows(rows_ptr, starts, num_indices, num_rows) == row).to(tl.int32))
+            num_parts += found
+            goes_on = False
+        parts = partials_ptr + (chunk + 1) * 2 * D + columns
+        run = tl.load(parts - D, mask=in_row, other=0)
+        for first in range(0, num_parts, PARTS):
+            in_flight = ()
+            for i in tl.static_range(PARTS):
+                mask = (first + i < num_parts) & in_row
+                in_flight += (tl.load(parts + tl.cast(first + i, tl.int64) * 2 * D, mask=mask, other=0),)
+            for i in tl.static_range(PARTS):
+                run += in_flight[i]
+        tl.store(grad_weight_ptr + row.to(tl.int64) * D + columns, run, mask=in_row)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def embedding_bag_backward_per_sample_weights_kernel(
+    grad_ptr,
+    grad_output_ptr,
+    weight_ptr,
+    keys_ptr,
+    bags_ptr,
+    factors_ptr,
+    num_indices,
+    num_embeddings,
+    D: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
+    COLUMN_STRIDE: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
+    """Dot product of each entry's row with the gradient of its bag."""
+    entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)[:, None]  # [ENTRIES, 1]
+    rows = tl.load(keys_ptr + entries, mask=entries < num_indices, other=num_embeddings).to(tl.int64)
+    live = rows < num_embeddings
+    bags = tl.load(bags_ptr + entries, mask=live, other=0).to(tl.int64)
+    products = tl.zeros([ENTRIES, BLOCK_D], ACCUMULATE)
+    for first in range(0, D, BLOCK_D):
+        columns = first + tl.arange(0, BLOCK_D)[None, :].to(tl.int64)  # [1, BLOCK_D]
+        mask = live & (columns < D)
+        gradients = tl.load(grad_output_ptr + bags * D + columns, mask=mask, other=0)
+        values = tl.load(weight_ptr + rows * ROW_STRIDE + columns * COLUMN_STRIDE, mask=mask, other=0)
+        products += gradients.to(ACCUMULATE) * values.to(ACCUMULATE)
+    grad = tl.sum(products, 1, keep_dims=True)
+    if factors_ptr is not None:
+        grad *= tl.load(factors_ptr + entries, mask=live, other=0)
+    tl.store(grad_ptr + entries, grad, mask=entries < num_indices)
