@@ -1,0 +1,5 @@
+"""The demo: two recommenders trained on real purchases, before and after ``recsys_ops.accelerate``."""
+
+from recsys_ops.demo.run import run_demo
+
+__all__ = ["run_demo"]
