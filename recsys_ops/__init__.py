@@ -16,16 +16,17 @@ __all__ = [
 ]
 
 try:
-    import torch as _torch  # noqa: F401
-except ModuleNotFoundError as _error:
-    if _error.name != "torch":
-        raise
+    import torch as _torch
+
+    if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 10):
+        raise ImportError(f"this is PyTorch {_torch.__version__}")
+except (ImportError, OSError) as _error:
+    # The doctor runs all the same, and says what to mend.
+    _reason = str(_error)
 
     def __getattr__(name: str) -> Any:
         if name in __all__:
-            raise ImportError(
-                f"recsys_ops.{name} needs PyTorch 2.10 or newer, which is not installed: pip install torch"
-            )
+            raise ImportError(f"recsys_ops.{name} needs PyTorch 2.10 or newer ({_reason}): pip install torch")
         raise AttributeError(f"module 'recsys_ops' has no attribute {name!r}")
 
 else:

@@ -13,7 +13,7 @@ _reason: str | None = None
 try:
     _module = importlib.import_module("recsys_ops._C")
 except ImportError as error:
-    if getattr(error, "name", None) == "recsys_ops._C":
+    if isinstance(error, ModuleNotFoundError):
         _reason = (
             "the compiled extension is not in this installation; with a C++17 compiler present: "
             "pip install --force-reinstall --no-deps --no-build-isolation recsys-ops"

@@ -12,7 +12,8 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,9 +22,17 @@ from recsys_ops import _extension
 
 log = logging.getLogger("recsys_ops")
 
+_F = TypeVar("_F", bound=Callable[..., Any])
+
 ENVIRONMENT_VARIABLE = "RECSYS_OPS_BACKEND"
 # Read once: reading the environment costs a tenth of a small call.
 _from_environment = os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
+def _constant_while_tracing(function: _F) -> _F:
+    # What torch.compiler.assume_constant_result does, which imports all of Dynamo for it.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Call(NamedTuple):
@@ -122,7 +131,7 @@ class Operator:
 
     def choose(self, call: Call, backend: str | None = None) -> Implementation:
         """The implementation that serves ``call``; an explicit choice that cannot serve it raises."""
-        key = (backend or _context.get() or _from_environment, call)
+        key = ((_context.get() or _from_environment) if backend is None else backend, call)
         found = self._decisions.get(key)
         if found is None:
             found = self._decisions[key] = self._choose_and_log(call, backend)
@@ -186,13 +195,13 @@ class Operator:
         return chosen
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def is_requested() -> bool:
     """Whether ``use_backend`` or the environment asks for a backend."""
     return _context.get() is not None or _from_environment is not None
 
 
-@torch.compiler.assume_constant_result
+@_constant_while_tracing
 def choose_while_tracing(operator: str, backend: str | None, *call: Any) -> str:
     """The chosen backend's name, as a constant of the graph that ``torch.compile`` is tracing.
 
@@ -271,7 +280,7 @@ def operators() -> dict[str, Operator]:
     found = {}
     for module in pkgutil.iter_modules(recsys_ops.__path__):
         package = f"recsys_ops.{module.name}"
-        if module.ispkg and importlib.util.find_spec(f"{package}.api"):
+        if module.ispkg and (Path(recsys_ops.__path__[0]) / module.name / "api.py").is_file():
             operator = importlib.import_module(f"{package}.api").OPERATOR
             found[operator.name] = operator
     return found

@@ -27,7 +27,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def _run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECSYS_OPS_", "PYTHON"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECSYS_OPS_", "PYTHON", "TRITON_"))}
     return subprocess.run(
         command, env={**kept, **environment}, cwd=SCRIPT.parents[1], capture_output=True, text=True
     )
@@ -225,7 +225,7 @@ def test_a_probe_that_fails_takes_nothing_with_it(
     def fail(*arguments: object) -> None:
         raise PermissionError("not allowed")
 
-    for probe in ("_cpu_model", "_memory", "_gpus", "_installed", "_build_info"):
+    for probe in ("cpu_model", "memory", "_gpus", "_installed", "_build_info"):
         monkeypatch.setattr(doctor, probe, fail)
     monkeypatch.setattr(doctor, "_probe_in_a_process", lambda: {"error": "gone"})
     assert doctor.main([]) == 1

@@ -17,7 +17,7 @@ OPTIONAL = ("triton", "torchrec", "fbgemm_gpu", "matplotlib", "rich", "typer", "
 
 def _run(code: str, refused: tuple[str, ...] = (), folder: Path | None = None) -> list[str]:
     """The lines that code prints in a fresh interpreter, where importing ``refused`` fails."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RECSYS_OPS_")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RECSYS_OPS_", "TRITON_"))}
     refuse = f"import sys; sys.modules.update(dict.fromkeys({refused}))\n"
     done = subprocess.run(
         [sys.executable, "-c", refuse + code],

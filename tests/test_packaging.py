@@ -38,7 +38,7 @@ print(json.dumps({
 
 
 def _run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECSYS_OPS_", "PYTHON"))}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RECSYS_OPS_", "PYTHON", "TRITON_"))}
     return subprocess.run(command, cwd=cwd, env={**kept, **environment}, capture_output=True, text=True)
 
 

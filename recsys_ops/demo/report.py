@@ -112,9 +112,9 @@ def _details(trial: Trial) -> str:
             draw_times(trial.name, [trial.step, trial.optimizer, *trial.lookups]),
             html.table_html(headers, rows, numeric=(2, 3, 4)),
             html.paragraph_html(
-                "Medians in ms, and how many times faster, with a 95 % interval. A step is forward, backward and "
-                "optimizer, timed during training with both models in turns of random order; a lookup is "
-                "forward and backward of that module alone on one batch, in turns. One that was put back runs "
+                "Medians in ms, and how many times faster with a 95 % interval. A step is forward, backward "
+                "and optimizer, timed during training with both models in turns; a lookup is forward and "
+                "backward of that module alone on one batch, in turns. One that was put back runs "
                 "as plain PyTorch in the accelerated model.",
                 note=True,
             ),

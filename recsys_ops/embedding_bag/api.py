@@ -194,7 +194,7 @@ def _load_eager_forward() -> Callable[..., Tensor | None]:
         return lambda *args: None
     extension = _extension.module()
     extension.bind_eager(Tensor, torch.nn.Parameter)
-    return extension.embedding_bag_eager  # type: ignore[no-any-return]
+    return extension.embedding_bag_eager
 
 
 _eager_forward = _load_eager_forward()

@@ -113,7 +113,7 @@ def test_says_what_is_wrong_with_a_file(tmp_path: Path, content: str | bytes, me
 
 
 def test_says_that_a_file_cannot_be_opened(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent.csv does not exist"):
+    with pytest.raises(DataError, match=r"absent\.csv does not exist"):
         load(tmp_path / "absent.csv")
     with pytest.raises(DataError, match="cannot be read: Is a directory"):
         load(tmp_path)
@@ -126,11 +126,11 @@ def test_wants_a_column_for_each_role(tmp_path: Path) -> None:
 
 def test_wants_enough_customers_and_items(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match="at least 20 customers with 3 purchases or more.* got 1 of 2 customers"
+        DataError, match=r"at least 20 customers with 3 purchases or more.* got 1 of 2 customers"
     ):
         check_enough(load(write(tmp_path, GOOD)))
     same_items = "".join(f"{user},{item},{item}\n" for user in range(30) for item in range(5))
-    with pytest.raises(DataError, match="at least 20 items .* got 5"):
+    with pytest.raises(DataError, match=r"at least 20 items .* got 5"):
         check_enough(load(write(tmp_path, "user,item,time\n" + same_items), quantity=None))
 
 

@@ -1,4 +1,4 @@
-"""Kernels of SIMD levels that this machine may not run, built by other means and compared with scalar ones."""
+"""Kernels of SIMD levels that this machine may lack, built otherwise and compared with scalar ones."""
 
 from __future__ import annotations
 

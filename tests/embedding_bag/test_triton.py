@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import os
@@ -196,14 +197,16 @@ def test_runs_that_cross_chunks(
     same("embedding_bag_backward_sparse", grad, indices, offsets, None, len(lengths) + 1, **options)
 
 
-def test_one_run_over_many_default_chunks(generator: torch.Generator) -> None:
-    chunk = EmbeddingBagBackwardConfig.default(1, torch.float16).chunk
-    count = chunk * (kernels.PARTS + 2) + 1
-    indices = torch.ones(count, dtype=torch.int64, device=DEVICE)
-    offsets = torch.arange(0, count, 16, device=DEVICE)
+@pytest.mark.parametrize("count", [127, 128, 129, 300])
+def test_one_run_over_many_chunks(generator: torch.Generator, tiles: Tiles, count: int) -> None:
+    tiles.use(EmbeddingBagBackwardConfig(block_d=1, chunks_per_program=32, chunk=1, rows_in_flight=1))
+    indices = torch.ones(count + 2, dtype=torch.int64, device=DEVICE)
+    indices[-1] = 2
+    offsets = torch.arange(0, len(indices), 16, device=DEVICE)
     grad = whole(generator, len(offsets), 1).half()
+    options = {"mean": False, "padding_idx": -1, "include_last_offset": False, "drop_invalid": False}
     found = same(
-        "embedding_bag_backward", grad, indices, offsets, None, None, 3, True, -1, False, False, True
+        "embedding_bag_backward", grad, indices, offsets, None, None, 3, **options, scale_grad_by_freq=False
     )
     assert found[1] != 0
 
@@ -340,6 +343,52 @@ def _message(module: Any, name: str, args: tuple[Any, ...], options: dict[str, A
     except RuntimeError as error:
         return str(error)
     return None
+
+
+@pytest.fixture
+def asserting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does: the kernels assert, and the host does not look."""
+    from triton.runtime import interpreter
+
+    options = dataclasses.replace(interpreter.interpreter_builder.options, **kernels.ASSERTING)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    for check in ("_check_offsets", "_check_indices"):
+        monkeypatch.setattr(kernels, check, lambda *args: None)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a failed assertion ends a process's use of the GPU")
+@pytest.mark.usefixtures("asserting")
+@pytest.mark.parametrize(
+    ("indices", "offsets", "include_last_offset"), [*BAD, pytest.param([0, -1], [0], False, id="minus one")]
+)
+def test_kernels_assert_what_the_host_cannot_check(
+    indices: list[int], offsets: list[int], include_last_offset: bool
+) -> None:
+    ids, starts = torch.tensor(indices), torch.tensor(offsets)
+    weight, grad = torch.ones(R, 2), torch.ones(len(offsets) - include_last_offset, 2)
+    options: dict[str, Any] = {
+        "padding_idx": -1,
+        "include_last_offset": include_last_offset,
+        "drop_invalid": False,
+    }
+    for call in (
+        lambda: kernels.embedding_bag_forward(weight, ids, starts, None, False, **options),
+        lambda: kernels.embedding_bag_max_forward(weight, ids, starts, **options),
+        lambda: kernels.embedding_bag_backward_per_sample_weights(
+            grad, weight, ids, starts, False, **options
+        ),
+    ):
+        with pytest.raises(Exception, match=r"embedding_bag: expected (indices in|offsets from 0)"):
+            call()
+
+
+@pytest.mark.usefixtures("asserting")
+def test_kernels_assert_nothing_of_good_values(generator: torch.Generator) -> None:
+    indices, offsets = (
+        torch.tensor([PADDING, 1, 6, 99], device=DEVICE),
+        torch.tensor([0, 0, 3], device=DEVICE),
+    )
+    same("embedding_bag_forward", whole(generator, R, 2), indices, offsets, None, True, PADDING, True, False)
 
 
 def test_ids_after_the_last_bag_are_not_checked(generator: torch.Generator) -> None:
