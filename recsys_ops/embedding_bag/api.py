@@ -13,7 +13,13 @@ from recsys_ops import _extension
 from recsys_ops._library import is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag import autograd, reference
-from recsys_ops.embedding_bag.autograd import FAKES, EmbeddingBagFunction, TransformableEmbeddingBag, lookup
+from recsys_ops.embedding_bag.autograd import (
+    FAKES,
+    EmbeddingBagFunction,
+    TransformableEmbeddingBag,
+    apply_eagerly,
+    lookup,
+)
 
 _MODES = ("sum", "mean", "max")
 _BOUNDS = ("error", "drop")
@@ -83,33 +89,62 @@ def embedding_bag(
         tensor([[6., 8.],
                 [3., 4.]])
     """
+    drop_invalid = bounds == "drop"
+    needs_grad = torch.is_grad_enabled() and (
+        weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
+    )
+    output = None
     if mode in ("sum", "mean") and bounds in _BOUNDS and max_norm is None and is_eager(backend):
-        requires_grad = weight.requires_grad or (
-            per_sample_weights is not None and per_sample_weights.requires_grad
+        output = _eager_forward(
+            weight,
+            input,
+            offsets,
+            per_sample_weights,
+            mode == "mean",
+            include_last_offset,
+            padding_idx,
+            drop_invalid,
         )
-        if not (requires_grad and torch.is_grad_enabled()):
-            output = _eager_forward(
-                weight,
-                input,
-                offsets,
-                per_sample_weights,
-                mode == "mean",
-                include_last_offset,
-                padding_idx,
-                bounds == "drop",
-            )
-            if output is not None:
-                return output
+        if output is not None and not needs_grad:
+            return output
+    if output is None:
+        _check_options(mode, sparse, scale_grad_by_freq, bounds)
+        _check_tensors(input, weight, offsets, include_last_offset, padding_idx)
+        if per_sample_weights is not None:
+            per_sample_weights = _check_per_sample_weights(per_sample_weights, input, weight, mode)
 
-    dtype = weight.dtype
-    if weight.dim() != 2:
-        raise ValueError(f"embedding_bag: expected weight of shape [R, D], got {list(weight.shape)}")
-    if dtype not in _FLOATS:
-        raise TypeError(f"embedding_bag: expected weight of dtype {_names(_FLOATS)}, got {_names([dtype])}")
-    if input.dtype not in _INTEGERS:
-        raise TypeError(
-            f"embedding_bag: expected input of dtype {_names(_INTEGERS)}, got {_names([input.dtype])}"
-        )
+    if padding_idx is None:
+        padding_idx = -1
+    elif padding_idx < 0:
+        padding_idx += weight.shape[0]
+    if offsets is None:
+        offsets = _offsets_of_rows(input)
+        include_last_offset = False
+        input = input.reshape(-1)
+    if per_sample_weights is not None:
+        per_sample_weights = per_sample_weights.reshape(-1).contiguous()
+    input, offsets = input.contiguous(), offsets.contiguous()
+    bags = (mode, padding_idx, include_last_offset, drop_invalid, scale_grad_by_freq, sparse)
+    if output is not None:
+        return apply_eagerly(weight, per_sample_weights, input, offsets, (*bags, "native"), (output,))
+
+    if max_norm is not None:
+        _renormalize(weight, input, offsets, max_norm, norm_type, include_last_offset, drop_invalid)
+    if torch.compiler.is_compiling():
+        backend = choose_while_tracing("embedding_bag", backend, weight.device.type, weight.dtype)
+    else:
+        backend = OPERATOR.choose(Call(weight.device.type, weight.dtype), backend).backend
+    options = (*bags, backend)
+    if torch._C._are_functorch_transforms_active():
+        return TransformableEmbeddingBag.apply(weight, input, offsets, per_sample_weights, *options)[0]
+    if sparse and torch.compiler.is_compiling():  # graphs have no sparse tensors, operators may
+        return torch.ops.recsys_ops.embedding_bag(weight, input, offsets, per_sample_weights, *options)[0]
+    if needs_grad:
+        return EmbeddingBagFunction.apply(weight, per_sample_weights, input, offsets, options)
+    return lookup(weight, input, offsets, per_sample_weights, *options)[0]
+
+
+def _check_options(mode: str, sparse: bool, scale_grad_by_freq: bool, bounds: str) -> None:
     if mode not in _MODES:
         raise ValueError(f"embedding_bag: expected mode to be one of {_MODES}, got {mode!r}")
     if bounds not in _BOUNDS:
@@ -118,74 +153,49 @@ def embedding_bag(
         argument = "sparse" if sparse else "scale_grad_by_freq"
         raise ValueError(f"embedding_bag: expected {argument}=False with mode='max', got True")
 
-    num_embeddings = weight.shape[0]
-    if padding_idx is None:
-        padding_idx = -1
-    else:
-        if not -num_embeddings <= padding_idx < num_embeddings:
-            raise ValueError(
-                f"embedding_bag: expected padding_idx in [{-num_embeddings}, {num_embeddings}), "
-                f"got {padding_idx}"
-            )
-        if padding_idx < 0:
-            padding_idx += num_embeddings
 
-    if per_sample_weights is not None:
-        per_sample_weights = _check_per_sample_weights(per_sample_weights, input, weight, mode)
-    if input.dim() == 2:
-        if offsets is not None:
-            raise ValueError(
-                "embedding_bag: expected offsets=None with input of shape [B, L], "
-                f"got offsets of shape {list(offsets.shape)}"
-            )
-        offsets = _offsets_of_rows(input)
-        include_last_offset = False
-        input = input.reshape(-1)
-    elif input.dim() != 1:
-        raise ValueError(f"embedding_bag: expected input of shape [N] or [B, L], got {list(input.shape)}")
-    elif offsets is None:
-        raise ValueError("embedding_bag: expected offsets with input of shape [N], got None")
-    else:
-        if offsets.dim() != 1 or (include_last_offset and offsets.shape[0] == 0):
-            wanted = "[B + 1]" if include_last_offset else "[B]"
-            raise ValueError(f"embedding_bag: expected offsets of shape {wanted}, got {list(offsets.shape)}")
-        if offsets.dtype not in _INTEGERS:
-            raise TypeError(
-                f"embedding_bag: expected offsets of dtype {_names(_INTEGERS)}, got {_names([offsets.dtype])}"
-            )
-        offsets = offsets.contiguous()
-    input = input.contiguous()
-    if input.get_device() != weight.get_device() or offsets.get_device() != weight.get_device():
-        raise ValueError(
-            f"embedding_bag: expected input and offsets on the device of weight, {weight.device}, "
-            f"got {input.device} and {offsets.device}"
+def _check_tensors(
+    input: Tensor, weight: Tensor, offsets: Tensor | None, include_last_offset: bool, padding_idx: int | None
+) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"embedding_bag: expected weight of shape [R, D], got {list(weight.shape)}")
+    if weight.dtype not in _FLOATS:
+        raise TypeError(
+            f"embedding_bag: expected weight of dtype {_names(_FLOATS)}, got {_names([weight.dtype])}"
         )
-    if max_norm is not None:
-        _renormalize(weight, input, offsets, max_norm, norm_type, include_last_offset, bounds == "drop")
-
-    device = weight.device.type
-    if torch.compiler.is_compiling():
-        backend = choose_while_tracing("embedding_bag", backend, device, dtype)
-    else:
-        backend = OPERATOR.choose(Call(device, dtype), backend).backend
-    options = (
-        mode,
-        padding_idx,
-        include_last_offset,
-        bounds == "drop",
-        scale_grad_by_freq,
-        sparse,
-        backend,
-    )
-    if torch._C._are_functorch_transforms_active():
-        return TransformableEmbeddingBag.apply(weight, input, offsets, per_sample_weights, *options)[0]
-    if sparse and torch.compiler.is_compiling():  # graphs have no sparse tensors, operators may
-        return torch.ops.recsys_ops.embedding_bag(weight, input, offsets, per_sample_weights, *options)[0]
-    if torch.is_grad_enabled() and (
-        weight.requires_grad or (per_sample_weights is not None and per_sample_weights.requires_grad)
-    ):
-        return EmbeddingBagFunction.apply(weight, per_sample_weights, input, offsets, options)
-    return lookup(weight, input, offsets, per_sample_weights, *options)[0]
+    if input.dtype not in _INTEGERS:
+        raise TypeError(
+            f"embedding_bag: expected input of dtype {_names(_INTEGERS)}, got {_names([input.dtype])}"
+        )
+    rows = weight.shape[0]
+    if padding_idx is not None and not -rows <= padding_idx < rows:
+        raise ValueError(f"embedding_bag: expected padding_idx in [{-rows}, {rows}), got {padding_idx}")
+    if input.dim() not in (1, 2):
+        raise ValueError(f"embedding_bag: expected input of shape [N] or [B, L], got {list(input.shape)}")
+    if input.get_device() != weight.get_device():
+        raise ValueError(
+            f"embedding_bag: expected input on the device of weight, {weight.device}, got {input.device}"
+        )
+    if offsets is None:
+        if input.dim() == 1:
+            raise ValueError("embedding_bag: expected offsets with input of shape [N], got None")
+        return
+    if input.dim() == 2:
+        raise ValueError(
+            "embedding_bag: expected offsets=None with input of shape [B, L], "
+            f"got offsets of shape {list(offsets.shape)}"
+        )
+    if offsets.dim() != 1 or (include_last_offset and offsets.shape[0] == 0):
+        wanted = "[B + 1]" if include_last_offset else "[B]"
+        raise ValueError(f"embedding_bag: expected offsets of shape {wanted}, got {list(offsets.shape)}")
+    if offsets.dtype not in _INTEGERS:
+        raise TypeError(
+            f"embedding_bag: expected offsets of dtype {_names(_INTEGERS)}, got {_names([offsets.dtype])}"
+        )
+    if offsets.get_device() != weight.get_device():
+        raise ValueError(
+            f"embedding_bag: expected offsets on the device of weight, {weight.device}, got {offsets.device}"
+        )
 
 
 def _load_eager_forward() -> Callable[..., Tensor | None]:
@@ -222,7 +232,7 @@ def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight:
             f"embedding_bag: expected per_sample_weights on the device of weight, {weight.device}, "
             f"got {per_sample_weights.device}"
         )
-    return per_sample_weights.reshape(-1).contiguous()
+    return per_sample_weights
 
 
 def _offsets_of_rows(input: Tensor) -> Tensor:

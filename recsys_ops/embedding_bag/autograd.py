@@ -19,7 +19,8 @@ KERNELS: dict[str, SimpleNamespace] = {}
 class EmbeddingBagFunction(torch.autograd.Function):
     """The differentiable lookup that ``recsys_ops.embedding_bag`` calls.
 
-    ``options`` are the arguments of the registered ``embedding_bag`` from ``mode`` on.
+    ``options`` are the arguments of the registered ``embedding_bag`` from ``mode`` on;
+    ``computed`` holds the output where it is there already.
     """
 
     @staticmethod
@@ -30,16 +31,25 @@ class EmbeddingBagFunction(torch.autograd.Function):
         indices: Tensor,
         offsets: Tensor,
         options: tuple[Any, ...],
+        computed: tuple[Tensor, ...] = (),
     ) -> Tensor:
-        output, argmax = lookup(weight, indices, offsets, per_sample_weights, *options)
+        if computed:
+            output, argmax = computed[0], None
+        else:
+            output, argmax = lookup(weight, indices, offsets, per_sample_weights, *options)
         _save(ctx, weight, indices, offsets, per_sample_weights, argmax, options)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        needs_weight, needs_per_sample_weights = ctx.needs_input_grad[:2]
-        return *_gradients(ctx, grad_output, needs_weight, needs_per_sample_weights), None, None, None
+        needs_weight, needs_per_sample_weights, *rest = ctx.needs_input_grad
+        gradients = _gradients(ctx, grad_output, needs_weight, needs_per_sample_weights)
+        return *gradients, *(None for _ in rest)
+
+
+# ``apply`` without its look for torch.func, which has been done; it is a third of a small call.
+apply_eagerly = super(torch.autograd.Function, EmbeddingBagFunction).apply
 
 
 def lookup(

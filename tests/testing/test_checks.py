@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,4 +89,101 @@ def accepts_anything(x: Tensor, factor: Tensor) -> Tensor:
 def test_wrong_kernel_fails(check: str, forward: Any, said: str) -> None:
     result = first_failure(check, toy.spec(forward=forward))
     assert result is not None
-    assert pytest.helpers_match(said, result.detail) if hasattr(pytest, "helpers_match") else True
+    assert re.search(said, result.detail), result.detail
+
+
+def half_the_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    of_x, of_factor = toy.gradients(ctx, gradient)
+    return of_x, of_factor / 2
+
+
+def unwanted_gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    of_x, of_factor = toy.gradients(ctx, gradient)
+    return of_x, of_factor if ctx.needs_input_grad[0] else of_factor / 2
+
+
+@pytest.mark.parametrize(
+    ("check", "backward", "said"),
+    [
+        ("forward_backward", half_the_gradient, "gradient of factor"),
+        ("gradcheck", half_the_gradient, "Jacobian mismatch"),
+        ("partial_gradients", unwanted_gradient, r"gradient of factor of gradients of \['factor'\] alone"),
+    ],
+)
+def test_wrong_gradient_fails(check: str, backward: Any, said: str) -> None:
+    result = first_failure(check, toy.spec(backward=backward))
+    assert result is not None
+    assert re.search(said, result.detail), result.detail
+
+
+def one_row_more(x: Tensor, factor: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0] + 1, x.shape[1])
+
+
+def columns_first(x: Tensor, factor: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], x.shape[0]).t()
+
+
+@pytest.mark.parametrize("check", ["opcheck", "meta"])
+@pytest.mark.parametrize("fake", [one_row_more, columns_first])
+def test_wrong_fake_fails(check: str, fake: Any) -> None:
+    assert first_failure(check, toy.spec(fake=fake)) is not None
+
+
+def breaks_the_graph(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
+    return kernel(x, factor) * float(x.isfinite().all().item())
+
+
+def depends_on_the_length(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
+    return kernel(x, factor) if x.shape[0] in (3, 6) else kernel(x, factor).clone()
+
+
+def casts(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
+    output: Tensor = kernel(x, factor)
+    return output.bfloat16() if torch.is_autocast_enabled("cpu") else output
+
+
+class Untransformable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(x, factor)
+        return toy.right(x, factor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return toy.gradients(ctx, gradient)
+
+
+@pytest.mark.parametrize(
+    ("check", "public", "said"),
+    [
+        ("compile", breaks_the_graph, "Unsupported|graph break"),
+        ("compile", depends_on_the_length, "[Rr]ecompil"),
+        ("autocast", casts, "torch.bfloat16 and torch.float32"),
+        ("functional", lambda kernel, x, factor: Untransformable.apply(x, factor), "setup_context"),
+    ],
+)
+def test_wrong_public_function_fails(check: str, public: Any, said: str) -> None:
+    result = first_failure(check, toy.spec(public=public))
+    assert result is not None
+    assert re.search(said, result.detail), result.detail
+
+
+def test_declared_cast_under_autocast() -> None:
+    def casting(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
+        low = torch.is_autocast_enabled("cpu")
+        output: Tensor = kernel(x.bfloat16(), factor.bfloat16()) if low else kernel(x, factor)
+        return output
+
+    spec = toy.spec(public=casting)
+    assert first_failure("autocast", spec) is not None
+    assert first_failure("autocast", dataclasses.replace(spec, casts_under_autocast=True)) is None
+
+
+def test_candidate_is_held_to_the_reference() -> None:
+    spec = toy.spec()
+    for kernel, ok in ((toy.right, True), (misses_a_column, False)):
+        with candidate(spec, SimpleNamespace(scale_rows=kernel)) as target:
+            assert check_forward_backward(spec, toy.Scaling(width=33), target).ok == ok
+    assert "candidate" not in spec.kernels
+    assert "candidate" not in spec.operator.implementations
