@@ -52,7 +52,7 @@ def triton_rejects_device(device: str) -> str | None:
     """Why Triton kernels cannot run on a device: on a CPU they only run interpreted, for tests."""
     if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "on a CPU triton kernels only run interpreted, for tests: set TRITON_INTERPRET=1 at start"
-    if device not in ("cpu", "cuda"):
+    if device not in ("cpu", "cuda", "meta"):
         return f"triton kernels run on GPUs, not on {device}"
     return None
 

@@ -1,4 +1,4 @@
-"""Before anything imports torch or triton: interpret Triton kernels, and leave the cores to others while waiting."""
+"""Before anything imports torch or triton: how Triton kernels run, and how threads wait."""
 
 import os
 

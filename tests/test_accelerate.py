@@ -6,6 +6,8 @@ import copy
 import importlib
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,20 +256,28 @@ def test_restore_refuses_a_class_that_something_else_changed(model: Model) -> No
     assert type(model) is swapped[0]
 
 
-def test_a_wrapper_made_before_goes_on_training(
-    model: Model, inputs: tuple[Tensor, Tensor], tmp_path: Path
-) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model.clicks.sparse = False
-        wrapper = nn.parallel.DistributedDataParallel(model)
-        report = recsys_ops.accelerate(wrapper, inputs, measure=timed(2))
-        assert report.accelerated == tuple(f"module.{name}" for name in ALL)
-        for _ in range(2):
-            wrapper(*inputs)["score"].sum().backward()
-        assert all(parameter.grad is not None for parameter in model.parameters())
-    finally:
-        torch.distributed.destroy_process_group()
+WRAPPED = """
+import os, sys, torch
+from accelerate_model import ALL, Model, timed
+import recsys_ops
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+model, inputs = Model(), (torch.randint(0, 20, (16, 5)), torch.rand(16, 5))
+model.clicks.sparse = False
+wrapper = torch.nn.parallel.DistributedDataParallel(model)
+report = recsys_ops.accelerate(wrapper, inputs, measure=timed(2))
+assert report.accelerated == tuple(f"module.{name}" for name in ALL), report
+for _ in range(2):
+    wrapper(*inputs)["score"].sum().backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+os._exit(0)  # gloo's threads may keep an interpreter from ending
+"""
+
+
+def test_a_wrapper_made_before_goes_on_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRAPPED, str(tmp_path / "store")]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

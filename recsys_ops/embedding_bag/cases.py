@@ -13,8 +13,18 @@ from torch import Tensor
 
 from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
 from recsys_ops.embedding_bag.autograd import KERNELS
+from recsys_ops.embedding_bag.bad_inputs import BAD_INPUTS
 from recsys_ops.embedding_bag.mutants import MUTANTS
-from recsys_ops.testing import AWKWARD_LENGTHS, AWKWARD_WIDTHS, BadInput, Case, Inputs, Isolation, OperatorSpec
+from recsys_ops.testing import (
+    AWKWARD_LENGTHS,
+    AWKWARD_WIDTHS,
+    Case,
+    Inputs,
+    Isolation,
+    OperatorSpec,
+)
+
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -105,13 +115,15 @@ class EmbeddingBagCase(Case):
 def _cases(*modes: str, **fields: Any) -> tuple[EmbeddingBagCase, ...]:
     """A case for each mode, all three by default; what max does not take is left out for it."""
     described = [EmbeddingBagCase(mode=mode, **fields) for mode in modes or ("sum", "mean", "max")]
-    not_for_max = {"weighted": False, "sparse": False, "scale_grad_by_freq": False}
-    return tuple(replace(c, **not_for_max) if c.mode == "max" else c for c in described)
+    return tuple(
+        replace(c, weighted=False, sparse=False, scale_grad_by_freq=False) if c.mode == "max" else c
+        for c in described
+    )
 
 
-def _layouts() -> Iterable[dict[str, Any]]:
+def _layouts() -> Iterable[Fields]:
     """Every way to say where bags are, which rows are padding, and what entries weigh."""
-    bags = ({}, {"include_last_offset": True, "tail": 3}, {"two_dim": True})
+    bags: tuple[Fields, ...] = ({}, {"include_last_offset": True, "tail": 3}, {"two_dim": True})
     for bag, padding_idx, weighted in itertools.product(bags, (None, 3, -2), (False, True)):
         yield {**bag, "padding_idx": padding_idx, "weighted": weighted}
 
@@ -144,7 +156,14 @@ CASES = tuple(
             for wide_ids, wide_offsets in itertools.product((True, False), repeat=2)
         ),
         *(
-            _cases("sum", "mean", sparse=True, scale_grad_by_freq=scale, weighted=weighted, padding_idx=padding_idx)
+            _cases(
+                "sum",
+                "mean",
+                sparse=True,
+                scale_grad_by_freq=scale,
+                weighted=weighted,
+                padding_idx=padding_idx,
+            )
             for scale, weighted, padding_idx in itertools.product((False, True), (False, True), (None, 1))
         ),
         _cases("sum", "mean", scale_grad_by_freq=True, weighted=True),
@@ -152,7 +171,10 @@ CASES = tuple(
         _cases(ids="equal", lengths=(100_000,), rows=3, dim=2),
         _cases("sum", "mean", ids="equal", lengths=(100_000,), rows=3, dim=2, weighted=True, sparse=True),
         *(_cases(renormalized=True, norm_type=norm_type, padding_idx=4) for norm_type in (1.0, 2.0, 3.5)),
-        *(_cases(invalid=True, weighted=weighted, tail=2, include_last_offset=True) for weighted in (False, True)),
+        *(
+            _cases(invalid=True, weighted=weighted, tail=2, include_last_offset=True)
+            for weighted in (False, True)
+        ),
         _cases("sum", "mean", invalid=True, sparse=True, scale_grad_by_freq=True),
         _cases(ties=True, dim=64, bags=20, rows=9),
         _cases(lengths=(0,) * 5, weighted=True),
@@ -178,7 +200,7 @@ LARGE = (
 
 
 def _exhaustive() -> Iterable[EmbeddingBagCase]:
-    gradients = ({}, {"sparse": True}, {"scale_grad_by_freq": True})
+    gradients: tuple[Fields, ...] = ({}, {"sparse": True}, {"scale_grad_by_freq": True})
     for layout, gradient, invalid, wide, dim, bags in itertools.product(
         _layouts(), gradients, (False, True), (False, True), (1, 8, 33, 129), (1, 64)
     ):
@@ -269,84 +291,15 @@ def _isolations() -> Iterable[Isolation]:
         if case.weighted:
             given += [
                 ("NaN weight of a dropped entry", replace(case, invalid=True), _poison_dropped),
-                ("NaN weight after the last bag", replace(case, include_last_offset=True, tail=3), _poison_tail),
+                (
+                    "NaN weight after the last bag",
+                    replace(case, include_last_offset=True, tail=3),
+                    _poison_tail,
+                ),
                 ("NaN weight of an entry", apart, _poison_per_sample_weight),
             ]
         for name, posed, poison in given:
             yield Isolation(f"{name}, {case.mode}{', sparse' if case.sparse else ''}", posed, poison, quick)
-
-
-def _bad(name: str, message: str, error: type[Exception] = ValueError, **changed: Any) -> BadInput:
-    """Two bags, [1, 2] and [3, 0], of a table [5, 3], but for what is changed; a callable draws its value."""
-
-    def build(draw: Inputs) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
-            "input": torch.tensor([1, 2, 3, 0], device=draw.device),
-            "weight": draw.normal(5, 3),
-            "offsets": torch.tensor([0, 2], device=draw.device),
-            "mode": "sum",
-        }
-        for argument, value in changed.items():
-            value = value(draw) if callable(value) else value
-            arguments[argument] = value.to(draw.device) if isinstance(value, Tensor) else value
-        return arguments
-
-    return BadInput(name, build, error, message)
-
-
-def _integers(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-BAD_INPUTS = (
-    _bad("weight of one dimension", r"weight of shape \[R, D\], got \[5\]", weight=lambda d: d.normal(5)),
-    _bad("weight of integers", "weight of dtype .* got int64", TypeError, weight=torch.ones(5, 3).long()),
-    _bad("input of floats", "input of dtype int64 or int32, got float32", TypeError, input=torch.ones(4)),
-    _bad("input of three dimensions", r"\[N\] or \[B, L\], got \[1, 2, 2\]", input=torch.ones(1, 2, 2).long()),
-    _bad("input without offsets", r"offsets with input of shape \[N\], got None", offsets=None),
-    _bad("two-dimensional input with offsets", "offsets=None with input", input=torch.ones(2, 2).long()),
-    _bad("offsets of floats", "offsets of dtype int64 or int32, got float32", TypeError, offsets=torch.zeros(2)),
-    _bad("offsets of two dimensions", r"offsets of shape \[B\], got \[1, 2\]", offsets=_integers(0, 2).view(1, 2)),
-    _bad("no last offset", r"offsets of shape \[B \+ 1\], got \[0\]", offsets=_integers(), include_last_offset=True),
-    _bad("offsets that start late", r"offsets\[0\] = 0, got 1", RuntimeError, offsets=_integers(1, 2)),
-    _bad(
-        "offsets that decrease",
-        r"never decrease, got offsets\[1\] = 3, offsets\[2\] = 2",
-        RuntimeError,
-        offsets=_integers(0, 3, 2),
-    ),
-    _bad("offsets past the end", r"the 4 indices, got offsets\[-1\] = 5", RuntimeError, offsets=_integers(0, 5)),
-    _bad("unknown mode", r"mode to be one of \('sum', 'mean', 'max'\), got 'median'", mode="median"),
-    _bad("unknown bounds", r"bounds to be one of \('error', 'drop'\), got 'wrap'", bounds="wrap"),
-    _bad("sparse maximum", "sparse=False with mode='max'", mode="max", sparse=True),
-    _bad("scaled maximum", "scale_grad_by_freq=False with mode='max'", mode="max", scale_grad_by_freq=True),
-    _bad("padding above the table", r"padding_idx in \[-5, 5\), got 5", padding_idx=5),
-    _bad("padding below the table", r"padding_idx in \[-5, 5\), got -6", padding_idx=-6),
-    _bad(
-        "weighted maximum",
-        "per_sample_weights=None with mode='max'",
-        NotImplementedError,
-        mode="max",
-        per_sample_weights=lambda d: d.normal(4),
-    ),
-    _bad("too few weights", r"shape of input, \[4\], got \[3\]", per_sample_weights=lambda d: d.normal(3)),
-    _bad(
-        "weights of another dtype",
-        "dtype of weight, float32, got float64",
-        TypeError,
-        per_sample_weights=torch.ones(4, dtype=torch.float64),
-    ),
-    *(
-        _bad(f"{what}, {mode}", message, RuntimeError, mode=mode, input=ids, **renormalized)
-        for mode in ("sum", "mean", "max")
-        for renormalized in ({}, {"max_norm": 0.1})
-        for what, ids, message in (
-            (f"negative id{' with max_norm' if renormalized else ''}", _integers(1, 2, -1, 0), r"\[2\] = -1"),
-            (f"id past the table{' with max_norm' if renormalized else ''}", _integers(1, 5, 3, 0), r"\[1\] = 5"),
-        )
-    ),
-    _bad("id in an empty table", r"in \[0, 0\), got indices\[0\] = 1", RuntimeError, weight=torch.ones(0, 3)),
-)
 
 
 def _registered_call(arguments: Arguments, backend: str) -> tuple[Any, tuple[Any, ...]]:
@@ -381,13 +334,15 @@ SPEC = OperatorSpec(
     large=LARGE,
     small=(
         *_cases(rows=6, dim=3, bags=4, length=3, weighted=True, padding_idx=1),
-        EmbeddingBagCase("max", rows=6, dim=3, bags=4, length=3, invalid=True, include_last_offset=True, tail=2),
+        EmbeddingBagCase(
+            "max", rows=6, dim=3, bags=4, length=3, invalid=True, include_last_offset=True, tail=2
+        ),
         EmbeddingBagCase("mean", rows=6, dim=3, bags=3, length=2, invalid=True, two_dim=True, weighted=True),
     ),
     typical=(
-        EmbeddingBagCase("mean", weighted=True, padding_idx=-1, include_last_offset=True),
-        EmbeddingBagCase("sum", sparse=True, wide_ids=False),
-        EmbeddingBagCase("max", two_dim=True),
+        EmbeddingBagCase("mean", bags=4, weighted=True, padding_idx=-1, include_last_offset=True),
+        EmbeddingBagCase("sum", bags=4, sparse=True, wide_ids=False),
+        EmbeddingBagCase("max", bags=3, length=4, two_dim=True),
     ),
     isolations=tuple(_isolations()),
     bad_inputs=BAD_INPUTS,

@@ -142,7 +142,9 @@ def _reversing_indices(output: Tensor, a: SimpleNamespace) -> Tensor:
 
 
 def _one_thread_differs(output: Tensor, a: SimpleNamespace) -> Tensor:
-    return output.nextafter(output + 1) if torch.get_num_threads() == 1 and output.dtype.itemsize > 2 else output
+    return (
+        output.nextafter(output + 1) if torch.get_num_threads() == 1 and output.dtype.itemsize > 2 else output
+    )
 
 
 def _trains_row_0(a: SimpleNamespace) -> Tensor:
@@ -162,7 +164,11 @@ def _unstrided(a: SimpleNamespace) -> Tensor:
 MUTANTS = (
     Mutant("zeros", "forward_backward", _returning(FORWARD, lambda out, a: out * 0)),
     Mutant("last entry dropped", "forward_backward", _called(FORWARD, _without_last_entry)),
-    Mutant("bags cut at 256", "forward_backward", _given(FORWARD, indices=_first_256, drop_invalid=lambda a: True)),
+    Mutant(
+        "bags cut at 256",
+        "forward_backward",
+        _given(FORWARD, indices=_first_256, drop_invalid=lambda a: True),
+    ),
     Mutant(
         "last column missed",
         "forward_backward",
@@ -202,7 +208,9 @@ MUTANTS = (
     Mutant("written past the end", "inputs_untouched", _returning(FORWARD, _past_the_end)),
     Mutant("indices reversed in place", "inputs_untouched", _returning(FORWARD, _reversing_indices)),
     Mutant(
-        "noise in the last bits", "determinism", _returning(FORWARD, lambda out, a: out * (1 + 1e-6 * torch.rand(())))
+        "noise in the last bits",
+        "determinism",
+        _returning(FORWARD, lambda out, a: out * (1 + 1e-6 * torch.rand(()))),
     ),
     Mutant("one thread differs", "determinism", _returning(FORWARD, _one_thread_differs)),
 )

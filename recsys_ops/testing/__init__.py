@@ -21,7 +21,13 @@ from recsys_ops.testing.mutants import check_mutant
 from recsys_ops.testing.poison import Guard, poisoned_memory
 from recsys_ops.testing.registry import CHECKS, Check, Example, Result, examples
 from recsys_ops.testing.tolerances import Comparison, compare
-from recsys_ops.testing.tracing import check_autocast, check_compile, check_functional, check_meta, check_opcheck
+from recsys_ops.testing.tracing import (
+    check_autocast,
+    check_compile,
+    check_functional,
+    check_meta,
+    check_opcheck,
+)
 
 __all__ = [
     "AWKWARD_LENGTHS",

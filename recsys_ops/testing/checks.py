@@ -24,7 +24,7 @@ def _each_dtype(spec: OperatorSpec, quick: bool) -> Sequence[torch.dtype]:
 
 
 def _every_case(spec: OperatorSpec, quick: bool) -> Sequence[Case]:
-    return spec.quick if quick else tuple(dict.fromkeys(spec.quick + spec.cases))
+    return spec.quick if quick else tuple(dict.fromkeys(spec.quick + spec.cases + spec.large))
 
 
 def _quick_or_typical(spec: OperatorSpec, quick: bool) -> Sequence[Case]:
@@ -39,7 +39,7 @@ def _isolations(spec: OperatorSpec, quick: bool) -> Sequence[Isolation]:
 def check_forward_backward(
     spec: OperatorSpec, case: Case, target: Target, dtype: torch.dtype, seed: int
 ) -> None:
-    """Outputs and gradients stay within the error budget, though NaN lies around the inputs and in fresh memory."""
+    """Outputs and gradients stay within the error budget, with NaN around inputs and in fresh memory."""
     problem = pose(spec, case, dtype, target.device, seed)
     guarded = problem.map(lambda tensor: Guard(tensor).tensor)
     with poisoned_memory():
@@ -72,7 +72,7 @@ def check_inputs_untouched(
 
 @check(_quick_or_typical, all_dtypes, every_simd=True)
 def check_strided(spec: OperatorSpec, case: Case, target: Target, dtype: torch.dtype, seed: int) -> None:
-    """Views of other memory, NaN in their gaps, give the same; and a gradient may be expanded, as that of a sum."""
+    """Views of other memory, NaN in their gaps, give the same; so does an expanded gradient."""
     problem = pose(spec, case, dtype, target.device, seed)
     wanted = expected(spec, case, dtype, target.device, seed)
     for layout in LAYOUTS:

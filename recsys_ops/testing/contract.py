@@ -100,7 +100,7 @@ class BadInput:
 
 @dataclass(frozen=True)
 class Mutant:
-    """Kernels that are wrong on purpose: ``override`` takes the right ones and gives some wrong ones, by name."""
+    """Kernels that are wrong on purpose: ``override`` takes the right ones and gives wrong ones by name."""
 
     name: str
     caught_by: str  # the check that must reject it
@@ -115,7 +115,7 @@ class OperatorSpec:
         operator: its implementations.
         function: the public function, taking the arguments that cases build, and ``backend``;
             gives a tensor or a tuple of tensors.
-        kernels: the registered kernels of each backend, by the names that its ``reference`` module gives them.
+        kernels: the registered kernels of each backend, under their names in the ``reference`` module.
         registered_call: the differentiable registered operator and its arguments, for the arguments
             that a case builds and a backend's name.
         case: its class of cases.

@@ -142,7 +142,7 @@ def one_thread() -> Iterator[None]:
 @functools.lru_cache(maxsize=4)
 @one_thread()
 def pose(spec: OperatorSpec, case: Case, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Problem:
-    """The problem that a case poses for one seed; to run it, take a copy if the operator changes its arguments."""
+    """The problem that a case poses for one seed; run a copy of it if the operator changes its arguments."""
     draw = Inputs(seed, dtype, device)
     problem = Problem(case.build(draw), (), case.differentiable, case.mutates)
     with torch.no_grad():
@@ -183,7 +183,7 @@ class Expected(NamedTuple):
 
 @one_thread()
 def expect(spec: OperatorSpec, case: Case, problem: Problem) -> Expected:
-    """The reference's results in the same precision (fp32 instead of fp64), in fp64, and on absolute values."""
+    """The reference's results in the same precision (or fp32 for fp64), in fp64, and on absolute values."""
     run = functools.partial(evaluate, spec.function, backend="reference")
     same = run(problem.copy())
     dtypes = {name: value.dtype for name, value in same.items()}
@@ -207,7 +207,9 @@ def expected(
 def disagreement(found: Results, wanted: Expected) -> str | None:
     """The first result outside its error budget, or None."""
     for name, exact in wanted.exact.items():
-        comparison = compare(found[name], wanted.eager[name], exact, wanted.magnitude[name], wanted.dtypes[name])
+        comparison = compare(
+            found[name], wanted.eager[name], exact, wanted.magnitude[name], wanted.dtypes[name]
+        )
         if not comparison:
             return f"{name} {comparison.detail}"
     return None

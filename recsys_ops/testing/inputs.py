@@ -44,7 +44,7 @@ class Inputs:
         return values.to(self.device, self.dtype)
 
     def ids(self, count: int, rows: int, law: str = "zipf", dtype: torch.dtype = torch.int64) -> Tensor:
-        """Row numbers in [0, rows): ``"zipf"`` (a few rows are named very often), ``"uniform"``, or ``"equal"``."""
+        """Row numbers in [0, rows): ``"zipf"`` (a few very often), ``"uniform"``, or ``"equal"``."""
         if law == "equal":
             ids = torch.full((count,), rows // 2)
         elif law == "zipf" and rows > 0:
@@ -54,7 +54,7 @@ class Inputs:
         return ids.to(self.device, dtype)
 
     def lengths(self, count: int, mean: float, law: str = "zipf") -> list[int]:
-        """Jagged lengths of about this mean, a quarter of them 0: ``"zipf"`` (a few long ones) or ``"uniform"``."""
+        """Jagged lengths of about this mean, a quarter of them 0: ``"zipf"`` (few long) or ``"uniform"``."""
         longest = max(1, round(2 * mean))
         if law == "zipf":
             drawn = self._zipf(count, 2 * longest) + 1

@@ -79,7 +79,8 @@ def poisoned_memory() -> Iterator[list[str]]:
     guards: list[Guard] = []
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
 
     def guarding(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def allocate_guarded(*args: Any, **kwargs: Any) -> Tensor:
@@ -92,7 +93,7 @@ def poisoned_memory() -> Iterator[list[str]]:
         return allocate_guarded
 
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[assignment]
+    settings.fill_uninitialized_memory = True
     try:
         with (
             mock.patch.object(torch, "empty", guarding(torch.empty)),
@@ -101,7 +102,7 @@ def poisoned_memory() -> Iterator[list[str]]:
         ):
             yield violations
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[assignment]
+        settings.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     for guard in guards:
         if violation := guard.violation(may_change=True):

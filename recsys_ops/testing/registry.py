@@ -34,8 +34,8 @@ class Result:
     reproduce: str  # a line for the shell
 
     def __str__(self) -> str:
-        said = "ok" if self.ok else self.detail
-        return f"{self.check} [{self.case}] on {self.backend}, {self.dtype}: {said}\n  reproduce: {self.reproduce}"
+        ran = f"{self.check} [{self.case}] on {self.backend}, {self.dtype}"
+        return f"{ran}: {'ok' if self.ok else self.detail}\n  reproduce: {self.reproduce}"
 
 
 Subjects = Callable[[OperatorSpec, bool], Sequence[Any]]
@@ -171,18 +171,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _reproduce(
     spec: OperatorSpec, check: str, subject: Subject, target: Target, dtype: torch.dtype, seed: int
 ) -> str:
-    words = [
-        "python",
-        "-m",
-        "recsys_ops.testing",
-        spec.name,
-        check,
-        subject.name,
-        "--backend",
-        target.backend,
-    ]
-    words += ["--dtype", dtype_name(dtype)]
+    words = ["python -m recsys_ops.testing", spec.name, check, _quoted(subject.name)]
+    words += ["--backend", target.backend, "--dtype", dtype_name(dtype)]
     words += ["--simd", target.simd] if target.simd else []
     words += ["--device", target.device] if target.device != "cpu" else []
     words += ["--seed", str(seed)] if seed else []
-    return ("TRITON_INTERPRET=1 " if target.interpreted else "") + shlex.join(words)
+    return ("TRITON_INTERPRET=1 " if target.interpreted else "") + " ".join(words)
+
+
+def _quoted(name: str) -> str:
+    """For the shell, and easy to read: names of cases hold single quotes."""
+    return f'"{name}"' if "'" in name and not set(name) & set('"$`\\!') else shlex.quote(name)

@@ -63,7 +63,9 @@ def compare(
     errors = _errors(actual, exact, magnitude)
     of_eager = float(_errors(eager, exact, magnitude).max())
     if of_eager == torch.inf:
-        return Comparison(False, torch.inf, 0.0, "eager PyTorch overflows or gives NaN: no evidence for a budget")
+        return Comparison(
+            False, torch.inf, 0.0, "eager PyTorch overflows or gives NaN: no evidence for a budget"
+        )
     budget = (TIMES_EAGER + (dtype == torch.float64)) * of_eager + FEW_ULP
     worst = float(errors.max())
     where = torch.unravel_index(errors.argmax(), errors.shape)
@@ -77,7 +79,9 @@ def compare(
 def _errors(found: Tensor, exact: Tensor, magnitude: Tensor) -> Tensor:
     """How many ulp off: none where it is the exact result rounded, NaN and infinity included."""
     off = (found.double() - exact).abs() / ulp(exact, found.dtype, magnitude)
-    return torch.where(same(found, exact.to(found.dtype)), 0.0, off).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    return torch.where(same(found, exact.to(found.dtype)), 0.0, off).nan_to_num(
+        nan=torch.inf, posinf=torch.inf
+    )
 
 
 def ulp(exact: Tensor, dtype: torch.dtype, magnitude: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def check_functional(spec: OperatorSpec, case: Case, target: Target, dtype: torc
         arguments = {**problem.arguments, **dict(zip(problem.differentiable, leaves, strict=True))}
         return spec.function(**arguments, backend=target.backend)
 
-    outputs, vjp = torch.func.vjp(function, *(problem.arguments[name] for name in problem.differentiable))
+    primals = tuple(problem.arguments[name] for name in problem.differentiable)
+    outputs, vjp = torch.func.vjp(function, *primals)[:2]
     cotangents = tuple(c for c in problem.cotangents if c is not None)
     gradients = vjp(cotangents if isinstance(outputs, tuple) else cotangents[0])
     found = {
@@ -70,7 +71,7 @@ def check_compile(spec: OperatorSpec, case: Case, target: Target, dtype: torch.d
 def check_autocast(spec: OperatorSpec, case: Case, target: Target, dtype: torch.dtype, seed: int) -> None:
     """Under autocast the operator casts its arguments or leaves them, as its spec says.
 
-    It also takes arguments that layers before it gave in the lower precision, and gives their gradients in it.
+    Arguments that earlier layers gave in the lower precision are taken, and get gradients in it.
     """
     low = torch.bfloat16
     problem = pose(spec, case, dtype, target.device, seed)

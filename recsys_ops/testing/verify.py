@@ -102,7 +102,7 @@ class Report:
         """Passed and failed examples by check and target."""
         counts = Counter((r.check, r.backend, r.ok) for name, r in self.results if name == operator)
         cells = dict.fromkeys((check, target) for check, target, _ in counts)
-        return {cell: (counts[(*cell, True)], counts[(*cell, False)]) for cell in cells}
+        return {(c, t): (counts[c, t, True], counts[c, t, False]) for c, t in cells}
 
 
 def spec_of(operator: str) -> OperatorSpec:

@@ -13,17 +13,32 @@ from hypothesis import strategies as st
 
 import recsys_ops
 from recsys_ops.embedding_bag.cases import SPEC, EmbeddingBagCase
-from recsys_ops.testing import Example, Target, check_forward_backward, check_inputs_untouched, examples, targets
+from recsys_ops.testing import (
+    Example,
+    Target,
+    check_forward_backward,
+    check_inputs_untouched,
+    examples,
+    targets,
+)
 
 TARGETS, ABSENT = targets(SPEC.operator)
 COMPILED = [target for target in TARGETS if not target.interpreted]
 PARTS = 40
 
 
-@pytest.mark.parametrize("example", list(examples(SPEC, TARGETS)), ids=str)
-def test_contract(example: Example) -> None:
-    result = example.run()
-    assert result.ok, str(result)
+GROUPS: dict[str, list[Example]] = {}
+for _example in examples(SPEC, TARGETS):
+    _name = f"{_example.check.name}-{_example.subject.name}-{_example.target.backend}"
+    GROUPS.setdefault(_name, []).append(_example)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_contract(group: str) -> None:
+    """One check of one subject by one backend, in every precision and at every SIMD level."""
+    results = [example.run() for example in GROUPS[group]]
+    failures = [str(result) for result in results if not result.ok]
+    assert not failures, "\n".join(failures)
 
 
 @pytest.mark.parametrize("backend", SPEC.operator.implementations)
@@ -107,7 +122,9 @@ def test_table_of_more_than_2_to_the_31_elements(target: Target, mode: str) -> N
     last = torch.tensor([rows - 1, rows - 2, rows - 1])
     weight[rows - 2 :] = torch.tensor([[1.0], [3.0]])
     with target.active():
-        output = recsys_ops.embedding_bag(last, weight, torch.tensor([0, 1]), mode=mode, backend=target.backend)
+        output = recsys_ops.embedding_bag(
+            last, weight, torch.tensor([0, 1]), mode=mode, backend=target.backend
+        )
     assert output[:, -1].tolist() == {"sum": [3, 4], "mean": [3, 2], "max": [3, 3]}[mode]
 
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import toy
 import torch
+import toy
 from torch import Tensor
 
 from recsys_ops.testing import CHECKS, OperatorSpec, Result, candidate, check_forward_backward
@@ -130,16 +130,18 @@ def test_wrong_fake_fails(check: str, fake: Any) -> None:
     assert first_failure(check, toy.spec(fake=fake)) is not None
 
 
-def breaks_the_graph(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
-    return kernel(x, factor) * float(x.isfinite().all().item())
+def breaks_the_graph(function: Any, x: Tensor, factor: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    output: Tensor = function(x, factor)
+    return output
 
 
-def depends_on_the_length(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
-    return kernel(x, factor) if x.shape[0] in (3, 6) else kernel(x, factor).clone()
+def depends_on_the_length(function: Any, x: Tensor, factor: Tensor) -> Tensor:
+    return function(x, factor) if x.shape[0] in (3, 6) else function(x, factor).clone()
 
 
-def casts(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
-    output: Tensor = kernel(x, factor)
+def casts(function: Any, x: Tensor, factor: Tensor) -> Tensor:
+    output: Tensor = function(x, factor)
     return output.bfloat16() if torch.is_autocast_enabled("cpu") else output
 
 
@@ -160,7 +162,7 @@ class Untransformable(torch.autograd.Function):
         ("compile", breaks_the_graph, "Unsupported|graph break"),
         ("compile", depends_on_the_length, "[Rr]ecompil"),
         ("autocast", casts, "torch.bfloat16 and torch.float32"),
-        ("functional", lambda kernel, x, factor: Untransformable.apply(x, factor), "setup_context"),
+        ("functional", lambda function, x, factor: Untransformable.apply(x, factor), "setup_context"),
     ],
 )
 def test_wrong_public_function_fails(check: str, public: Any, said: str) -> None:
@@ -170,9 +172,10 @@ def test_wrong_public_function_fails(check: str, public: Any, said: str) -> None
 
 
 def test_declared_cast_under_autocast() -> None:
-    def casting(kernel: Any, x: Tensor, factor: Tensor) -> Tensor:
-        low = torch.is_autocast_enabled("cpu")
-        output: Tensor = kernel(x.bfloat16(), factor.bfloat16()) if low else kernel(x, factor)
+    def casting(function: Any, x: Tensor, factor: Tensor) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            x, factor = x.bfloat16(), factor.bfloat16()
+        output: Tensor = function(x, factor)
         return output
 
     spec = toy.spec(public=casting)

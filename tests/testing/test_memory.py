@@ -14,7 +14,12 @@ from recsys_ops.testing.poison import BAND
 def test_fresh_memory_is_poisoned(dtype: torch.dtype) -> None:
     like = torch.ones(3, dtype=dtype)
     with poisoned_memory() as violations:
-        fresh = [torch.empty(3, dtype=dtype), torch.empty_like(like), like.new_empty(3), torch.ops.aten.empty_like(like)]
+        fresh = [
+            torch.empty(3, dtype=dtype),
+            torch.empty_like(like),
+            like.new_empty(3),
+            torch.ops.aten.empty_like(like),
+        ]
     for tensor in fresh:
         assert tensor.dtype == dtype
         poisoned = tensor.isnan() if dtype.is_floating_point else tensor == torch.iinfo(dtype).max
@@ -92,7 +97,7 @@ def test_inputs_are_reproducible() -> None:
 def test_ids_are_rows(law: str, rows: int) -> None:
     ids = Inputs().ids(500, rows, law, torch.int32)
     assert ids.dtype == torch.int32
-    assert 0 <= int(ids.min()) and int(ids.max()) < rows
+    assert int(ids.min()) >= 0 and int(ids.max()) < rows
 
 
 def test_laws() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shlex
@@ -13,7 +14,15 @@ import toy
 from rich.console import Console
 
 from recsys_ops.embedding_bag.cases import SPEC, EmbeddingBagCase
-from recsys_ops.testing import Case, OperatorSpec, Result, Target, candidate, check_forward_backward, overridden
+from recsys_ops.testing import (
+    Case,
+    OperatorSpec,
+    Result,
+    Target,
+    candidate,
+    check_forward_backward,
+    overridden,
+)
 from recsys_ops.testing import verify as module
 from recsys_ops.testing.__main__ import main
 from recsys_ops.testing.verify import run_verify, verify
@@ -26,6 +35,7 @@ def columns_swapped(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def serve(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     def serve(spec: OperatorSpec, native_is_absent: bool = False) -> None:
+        spec = dataclasses.replace(spec, typical=())  # tracing takes seconds
         monkeypatch.setattr(module, "operators", lambda: {"scale_rows": spec.operator})
         monkeypatch.setattr(module, "spec_of", lambda operator: spec)
         found = [] if native_is_absent else [toy.TARGET]
@@ -61,7 +71,9 @@ def test_failures_are_findings_with_a_line_that_reproduces_them(serve, tmp_path:
     failures = json.loads((tmp_path / "report.json").read_text())["failures"]
     assert code == 1
     assert {failure["backend"] for failure in failures} == {"native"}
-    assert "reproduce: python -m recsys_ops.testing scale_rows forward_backward default --backend native" in said
+    assert (
+        "reproduce: python -m recsys_ops.testing scale_rows forward_backward default --backend native" in said
+    )
     assert "failed" in said
 
 
@@ -139,4 +151,8 @@ def test_wrong_usage_of_the_line(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     assert stopped.value.code == 2
-    assert "no_such" in capsys.readouterr().err or arguments[-1] in ("nonsense=1", "not a name", "no such mutant")
+    assert "no_such" in capsys.readouterr().err or arguments[-1] in (
+        "nonsense=1",
+        "not a name",
+        "no such mutant",
+    )

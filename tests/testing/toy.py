@@ -52,13 +52,25 @@ def save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def register(forward: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable[..., Any]) -> Any:
+def register(
+    forward: Callable[..., Tensor], fake: Callable[..., Tensor], backward: Callable[..., Any]
+) -> Any:
     name = f"scale_rows_{next(_numbers)}"
     _library.define(f"{name}(Tensor x, Tensor factor) -> Tensor")
     _library.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"toy::{name}", fake)
     torch.library.register_autograd(f"toy::{name}", backward, setup_context=save)
     return getattr(torch.ops.toy, name).default
+
+
+def differentiable(kernel: Any, backward: Callable[..., Any]) -> Any:
+    """The kernel with its gradient, in the form that ``torch.func`` takes."""
+    parts = {
+        "forward": staticmethod(lambda x, factor: kernel(x, factor)),
+        "setup_context": staticmethod(save),
+        "backward": staticmethod(backward),
+    }
+    return type("ScaleRows", (torch.autograd.Function,), parts).apply
 
 
 def poison(arguments: dict[str, Any], cotangents: tuple[Tensor | None, ...]) -> dict[str, Tensor]:
@@ -71,19 +83,24 @@ def spec(
     forward: Callable[..., Tensor] = right,
     fake: Callable[..., Tensor] = fake,
     backward: Callable[..., Any] = gradients,
-    public: Callable[..., Tensor] = lambda kernel, x, factor: kernel(x, factor),
+    public: Callable[..., Tensor] = lambda function, x, factor: function(x, factor),
 ) -> OperatorSpec:
     """The operator; its ``native`` backend is made of the parts given."""
-    made = register(forward, fake, backward)
     kernels = {
         "reference": SimpleNamespace(scale_rows=register(right, fake, gradients)),
-        "native": SimpleNamespace(scale_rows=made),
+        "native": SimpleNamespace(scale_rows=register(forward, fake, backward)),
+    }
+    functions = {
+        "reference": differentiable(kernels["reference"].scale_rows, gradients),
+        "native": differentiable(kernels["native"].scale_rows, backward),
     }
 
     def scale_rows(x: Tensor, factor: Tensor, backend: str) -> Tensor:
         if backend == "reference":
-            return kernels["reference"].scale_rows(x, factor)
-        return public(kernels[backend].scale_rows, x, factor)
+            return functions["reference"](x, factor)
+        if backend == "candidate":
+            return differentiable(kernels["candidate"].scale_rows, gradients)(x, factor)
+        return public(functions["native"], x, factor)
 
     def implementation(backend: str) -> Implementation:
         return Implementation(backend, lambda: kernels[backend], lambda call: None)
