@@ -43,6 +43,9 @@ SOURCES = sorted(
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))
 FLAGS = ["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-wrapv"]
 
+# GCC 12 takes its own intrinsics' undefined operands for ours.
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]
+
 
 class BuildExtension(build_ext):
     """Compiles the SIMD sources for each level, and records what the build contains."""
@@ -96,8 +99,7 @@ class BuildExtension(build_ext):
                     ("RECSYS_OPS_SIMD_LEVEL", level),
                     ("RECSYS_OPS_VECTOR_BYTES", str(width)),
                 ],
-                # GCC 12 takes its own intrinsics' undefined operands for ours.
-                extra_postargs=[*FLAGS, *flags, "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"],
+                extra_postargs=[*FLAGS, *flags, *QUIET],
                 depends=HEADERS,
             )
 

@@ -23,7 +23,7 @@ class HistoryPooling(nn.Module):
         self.pairs = nn.EmbeddingBag(buckets, dim, mode="mean", sparse=True, padding_idx=0)
         self.recent = nn.EmbeddingBag(num_items + 1, dim, mode="max", padding_idx=0)
         self.customer_month = nn.EmbeddingBag(buckets, dim, mode="sum", sparse=True)
-        self.mlp = nn.Sequential(nn.Linear(4 * dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(4 * dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.output = nn.Linear(dim, num_items)
         _initialize_tables(self)
 
@@ -57,13 +57,13 @@ class DLRM(nn.Module):
 
     def __init__(self, num_customers: int, num_items: int, buckets: int, dim: int) -> None:
         super().__init__()
-        self.bottom = nn.Sequential(nn.Linear(DENSE_FEATURES, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.bottom = nn.Sequential(nn.Linear(DENSE_FEATURES, dim), nn.GELU(), nn.Linear(dim, dim))
         self.customer = nn.EmbeddingBag(num_customers, dim, mode="sum", sparse=True)
         self.customer_month = nn.EmbeddingBag(buckets, dim, mode="sum", sparse=True)
         self.item = nn.EmbeddingBag(num_items, dim, mode="sum", sparse=True)
         self.basket = nn.EmbeddingBag(num_items, dim, mode="sum", sparse=True)
         self.crosses = nn.EmbeddingBag(buckets, dim, mode="mean", sparse=True, padding_idx=0)
-        self.top = nn.Sequential(nn.Linear(3 * dim + 6 * 5 // 2, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.top = nn.Sequential(nn.Linear(3 * dim + 6 * 5 // 2, 64), nn.GELU(), nn.Linear(64, 1))
         _initialize_tables(self)
 
     def forward(

@@ -26,13 +26,12 @@ class Settings:
     steps: int = 300
     history_batch: int = 1024  # purchases per step
     history_dim: int = 64
-    dlrm_batch: int = 512  # purchases per step, each with ``negatives`` items that were not bought
+    dlrm_batch: int = 1024  # purchases per step, each with ``negatives`` items that were not bought
     dlrm_dim: int = 32
     negatives: int = 3
     buckets: int = 1 << 18  # rows of each table of hashed pairs
     history_customers: int = 4500  # whose held-out purchase is ranked
-    dlrm_customers: int = 200
-    learning_rate: float = 0.1
+    dlrm_customers: int = 400
     rounds: int = 20  # in which a swap is timed against what it replaces
     seed: int = 0
 
@@ -48,6 +47,7 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     rank: Callable[[nn.Module, Progress], np.ndarray]  # of the held-out purchases, from 1
     popularity: Ranking
+    table_learning_rate: float
     settings: Settings
 
 
@@ -83,6 +83,7 @@ def history_task(data: Interactions, split: Split, settings: Settings) -> Task:
         nn.functional.cross_entropy,
         rank,
         popularity(data, split, held_out),
+        0.05,
         settings,
     )
 
@@ -125,6 +126,7 @@ def dlrm_task(data: Interactions, split: Split, settings: Settings) -> Task:
         nn.functional.binary_cross_entropy_with_logits,
         rank,
         popularity(data, split, held_out),
+        0.1,
         settings,
     )
 

@@ -118,8 +118,11 @@ def run_trial(task: Task, progress: Progress) -> Trial:
 class _Trainer:
     def __init__(self, model: nn.Module, task: Task) -> None:
         self.model, self.task = model, task
-        self.optimizer = torch.optim.Adagrad(
-            model.parameters(), lr=task.settings.learning_rate, initial_accumulator_value=1e-6
+        tables = [module.weight for module in model.modules() if isinstance(module, nn.EmbeddingBag)]
+        others = [p for p in model.parameters() if all(p is not table for table in tables)]
+        self.optimizers = (
+            torch.optim.Adagrad(tables, task.table_learning_rate, initial_accumulator_value=1e-8),
+            torch.optim.Adagrad(others, lr=0.03, initial_accumulator_value=1e-6),
         )
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
@@ -127,11 +130,12 @@ class _Trainer:
 
     def step(self, inputs: Inputs, target: Tensor) -> None:
         start = time.perf_counter()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss = self.task.loss(self.model(*inputs), target)
         loss.backward()
         update = time.perf_counter()
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         end = time.perf_counter()
         self.losses.append(loss.item())
         self.step_seconds.append(end - start)
