@@ -146,11 +146,11 @@ QUICK = (
 
 CASES = tuple(
     itertools.chain(
+        _cases(lengths=AWKWARD_LENGTHS, dim=17, weighted=True),
         *(_cases(**layout) for layout in _layouts()),
         *(_cases(dim=dim, bags=4, weighted=True) for dim in AWKWARD_WIDTHS),
         *(_cases(dim=dim, bags=4, padding_idx=0) for dim in AWKWARD_WIDTHS),
         *(_cases(lengths=(length,), dim=33) for length in AWKWARD_LENGTHS),
-        _cases(lengths=AWKWARD_LENGTHS, dim=17, weighted=True),
         *(
             _cases(wide_ids=wide_ids, wide_offsets=wide_offsets, weighted=True)
             for wide_ids, wide_offsets in itertools.product((True, False), repeat=2)

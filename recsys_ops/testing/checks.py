@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from recsys_ops.testing.contract import BadInput, Case, Isolation, OperatorSpec
-from recsys_ops.testing.execution import Problem, Target, disagreement, evaluate, expect, expected, pose
+from recsys_ops.testing.execution import Target, disagreement, evaluate, expect, expected, pose
 from recsys_ops.testing.inputs import LAYOUTS, Inputs, with_layout
 from recsys_ops.testing.poison import Guard, poisoned_memory
 from recsys_ops.testing.registry import all_dtypes, check, demand, demand_same_bits
@@ -133,7 +133,7 @@ def check_isolation(
 @check(lambda spec, quick: spec.small, lambda spec, quick: (torch.float64,), every_simd=True)
 def check_gradcheck(spec: OperatorSpec, case: Case, target: Target, dtype: torch.dtype, seed: int) -> None:
     """Gradients are those of finite differences."""
-    problem: Problem = pose(spec, case, dtype, target.device, seed)
+    problem = pose(spec, case, dtype, target.device, seed)
     leaves = [problem.arguments[name].clone().requires_grad_() for name in problem.differentiable]
 
     def function(*leaves: Tensor) -> Any:

@@ -7,14 +7,16 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from recsys_ops.backends import Operator
 from recsys_ops.testing.inputs import Inputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -108,7 +108,7 @@ def test_drawn_calls(case: EmbeddingBagCase, dtype: torch.dtype, seed: int) -> N
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(cases(), dtypes, seeds)
 def test_many_drawn_calls(case: EmbeddingBagCase, dtype: torch.dtype, seed: int) -> None:
     check_drawn(case, dtype, seed)
