@@ -34,7 +34,7 @@ if ARM:
     SIMD_LEVELS["neon"] = (16, [])
 
 # Compiled once per level; everything else in csrc/ once.
-SIMD_SOURCES = ["csrc/embedding_bag/bag_pooling.cpp", "csrc/embedding_bag/row_pooling.cpp"]
+SIMD_SOURCES = ["csrc/embedding_bag/bag_pooling.cpp", "csrc/embedding_bag/gradient_pooling.cpp"]
 SOURCES = sorted(
     source
     for path in ROOT.glob("csrc/**/*.cpp")

@@ -27,6 +27,13 @@ template <class E>
 constexpr int full_lanes =
     RECSYS_OPS_VECTOR_BYTES > sizeof(E) ? RECSYS_OPS_VECTOR_BYTES / static_cast<int>(sizeof(E)) : 1;
 
+// Brings memory that will be read soon on its way. Any address is good.
+RECSYS_OPS_INLINE void prefetch(const void* from, int64_t bytes) {
+  for (int64_t byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(static_cast<const char*>(from) + byte);
+  }
+}
+
 template <class To, class From>
 inline To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");

@@ -35,15 +35,15 @@ struct Entries {
         begin(0),
         end(0) {}
 
-  // Calls f(row + column, i) for each live entry of the bag, whose COLUMNS columns it will read;
-  // false where an entry is refused.
-  template <int COLUMNS, class F>
-  RECSYS_OPS_INLINE bool for_each(int64_t column, const F& f) const {
+  // Calls f(row + column, i) for each live entry of the bag, which will read so many columns of
+  // the row; false where an entry is refused.
+  template <class F>
+  RECSYS_OPS_INLINE bool for_each(int64_t column, int64_t columns, const F& f) const {
     bool good = true;
     const int64_t stop_prefetch = prefetch_end - prefetch_ahead;
     for (int64_t i = begin; i < end; ++i) {
       if (i < stop_prefetch) {
-        prefetch<COLUMNS>(indices[i + prefetch_ahead], column);
+        prefetch_row(indices[i + prefetch_ahead], column, columns);
       }
       const int64_t index = indices[i];
       if (static_cast<uint64_t>(index) >= static_cast<uint64_t>(num_embeddings)) {
@@ -56,14 +56,11 @@ struct Entries {
   }
 
   // Any index: prefetching a bad address does nothing.
-  template <int COLUMNS>
-  RECSYS_OPS_INLINE void prefetch(int64_t index, int64_t column) const {
-    constexpr int bytes = COLUMNS * static_cast<int>(sizeof(T));
+  RECSYS_OPS_INLINE void prefetch_row(int64_t index, int64_t column, int64_t columns) const {
     const uintptr_t start =
         reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(index * row_stride + column) * sizeof(T);
-    for (int byte = 0; byte < bytes; byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(start + byte));
-    }
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(T));
+    prefetch(reinterpret_cast<const void*>(start), bytes);
     if (split_lines) {
       __builtin_prefetch(reinterpret_cast<const void*>(start + bytes - 1));
     }
@@ -88,7 +85,7 @@ struct SumBlock {
   void run(int64_t column) const {
     Vector<A, LANES> total[VECTORS] = {};
     int64_t live = 0;
-    const bool accepted = entries.template for_each<LANES * VECTORS>(column, [&](const T* row, int64_t i) __attribute__((always_inline)) {
+    const bool accepted = entries.for_each(column, LANES * VECTORS, [&](const T* row, int64_t i) __attribute__((always_inline)) {
       ++live;
       A weight = 1;
       if constexpr (WEIGHTED) {
@@ -124,7 +121,7 @@ struct MaxBlock {
       at[v] = Positions{} - 1;
     }
     bool empty = true;
-    const bool accepted = entries.template for_each<LANES * VECTORS>(column, [&](const T* row, int64_t i) __attribute__((always_inline)) {
+    const bool accepted = entries.for_each(column, LANES * VECTORS, [&](const T* row, int64_t i) __attribute__((always_inline)) {
       const Positions here = Positions{} + static_cast<IntegerLike<A>>(i - entries.begin);
       for (int v = 0; v < VECTORS; ++v) {
         const auto candidate = entries.template load_at<LANES>(row, v * LANES);
@@ -187,25 +184,73 @@ bool max_bags_of(const Table& table, const Bags& bags, T* out, int32_t* argmax, 
   return good && complete;
 }
 
+// The dot product of a row with `with` [dim].
+template <int LANES, class Entries, class T>
+RECSYS_OPS_INLINE Accumulate<T> dot(const Entries& entries, const T* row, const T* with, int64_t dim) {
+  using A = Accumulate<T>;
+  Vector<A, LANES> partial{};
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    partial += entries.template load_at<LANES>(row, d) * load<LANES>(with + d);
+  }
+  A total = 0;
+  for (int lane = 0; lane < LANES; ++lane) {
+    total += partial[lane];
+  }
+  for (; d < dim; ++d) {
+    total += entries.template load_at<1>(row, d)[0] * load<1>(with + d)[0];
+  }
+  return total;
+}
+
+template <class T, class Index, bool STRIDED>
+bool dot_bags_of(
+    bool mean, const Table& table, const Bags& bags, const T* with, T* out, int64_t first, int64_t last) {
+  using A = Accumulate<T>;
+  constexpr int lanes = STRIDED ? 1 : full_lanes<A>;
+  bool good = true;
+  const bool complete = for_bags<T, Index, STRIDED>(table, bags, first, last, [&](const auto& entries, int64_t bag) {
+    int64_t live = 0;
+    for (int64_t i = entries.begin; i < entries.end; ++i) {
+      const bool counts = bags.live(entries.indices[i]);
+      live += counts;
+      if (!counts) {
+        store<1>(out + i, Vector<A, 1>{});
+      }
+    }
+    const A scale = mean && live > 0 ? A{1} / static_cast<A>(live) : A{1};
+    good &= entries.for_each(0, table.dim, [&](const T* row, int64_t i) __attribute__((always_inline)) {
+      store<1>(out + i, Vector<A, 1>{dot<lanes>(entries, row, with + bag * table.dim, table.dim) * scale});
+    });
+  });
+  return good && complete;
+}
+
+// Calls kernel<T, Index, STRIDED>(arguments...) as the table and the indices want it.
+#define RECSYS_OPS_POOL(KERNEL, ...)                                                                         \
+  const bool strided = table.column_stride != 1 && table.dim > 1;                                            \
+  const auto pool = strided ? (bags.indices.wide ? KERNEL<T, int64_t, true> : KERNEL<T, int32_t, true>)      \
+                            : (bags.indices.wide ? KERNEL<T, int64_t, false> : KERNEL<T, int32_t, false>);   \
+  return pool(__VA_ARGS__)
+
 template <class T>
 bool sum_bags(
     bool mean, const Table& table, const Bags& bags, const T* per_sample_weights, T* out, int64_t first, int64_t last) {
-  const auto pool = table.column_stride != 1 && table.dim > 1
-                        ? (bags.indices.wide ? sum_bags_of<T, int64_t, true> : sum_bags_of<T, int32_t, true>)
-                        : (bags.indices.wide ? sum_bags_of<T, int64_t, false> : sum_bags_of<T, int32_t, false>);
-  return pool(mean, table, bags, per_sample_weights, out, first, last);
+  RECSYS_OPS_POOL(sum_bags_of, mean, table, bags, per_sample_weights, out, first, last);
 }
 
 template <class T>
 bool max_bags(const Table& table, const Bags& bags, T* out, int32_t* argmax, int64_t first, int64_t last) {
-  const auto pool = table.column_stride != 1 && table.dim > 1
-                        ? (bags.indices.wide ? max_bags_of<T, int64_t, true> : max_bags_of<T, int32_t, true>)
-                        : (bags.indices.wide ? max_bags_of<T, int64_t, false> : max_bags_of<T, int32_t, false>);
-  return pool(table, bags, out, argmax, first, last);
+  RECSYS_OPS_POOL(max_bags_of, table, bags, out, argmax, first, last);
 }
 
 template <class T>
-constexpr BagPooling<T> kernels = {sum_bags<T>, max_bags<T>};
+bool dot_bags(bool mean, const Table& table, const Bags& bags, const T* with, T* out, int64_t first, int64_t last) {
+  RECSYS_OPS_POOL(dot_bags_of, mean, table, bags, with, out, first, last);
+}
+
+template <class T>
+constexpr BagPooling<T> kernels = {sum_bags<T>, max_bags<T>, dot_bags<T>};
 
 }  // namespace
 

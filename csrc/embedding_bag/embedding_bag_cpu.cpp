@@ -10,13 +10,10 @@
 #include "../common/radix_sort.h"
 #include "../common/simd.h"
 #include "bag_pooling.h"
-#include "row_pooling.h"
+#include "gradient_pooling.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
-
-constexpr int chunk = 64;        // rows that are gathered before they are pooled
-constexpr int64_t piece = 4096;  // entries of one row that are summed in one go
 
 std::string text(int64_t value) { return std::to_string(value); }
 
@@ -89,61 +86,6 @@ void for_bags(const Bags& bags, int64_t elements_per_entry, const F& f) {
   }
 }
 
-template <class T>
-class Rows {
- public:
-  explicit Rows(const Table& table)
-      : data(static_cast<const T*>(table.data)),
-        row_stride(table.row_stride),
-        column_stride(table.column_stride),
-        dim(table.dim) {
-    if (column_stride != 1 && dim > 1) {
-      packed.reset(new T[chunk * dim]);
-    }
-  }
-
-  // A row of contiguous elements, valid until `slot` is used again.
-  const T* row(int64_t index, int slot) {
-    const T* source = data + index * row_stride;
-    if (!packed) {
-      return source;
-    }
-    T* copy = packed.get() + slot * dim;
-    for (int64_t d = 0; d < dim; ++d) {
-      copy[d] = source[d * column_stride];
-    }
-    return copy;
-  }
-
- private:
-  const T* data;
-  int64_t row_stride, column_stride, dim;
-  std::unique_ptr<T[]> packed;
-};
-
-// Sums of more rows than a chunk pass from one buffer to the other.
-template <class A>
-class Carry {
- public:
-  explicit Carry(int64_t dim) : dim(dim) {}
-
-  void reset() { filled = nullptr; }
-  const A* get() const { return filled; }
-
-  A* next() {
-    if (!buffers) {
-      buffers.reset(new A[2 * dim]);
-    }
-    return filled == buffers.get() ? buffers.get() + dim : buffers.get();
-  }
-  void advance() { filled = next(); }
-
- private:
-  int64_t dim;
-  std::unique_ptr<A[]> buffers;
-  const A* filled = nullptr;
-};
-
 int bits_for(uint64_t largest) {
   int bits = 1;
   while (bits < 64 && largest >> bits != 0) {
@@ -179,23 +121,26 @@ void forward(
   });
 }
 
-WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags) : gradient(gradient), bags(bags) {
+WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
+    : gradient(gradient), num_embeddings(bags.num_embeddings) {
   const int64_t size = bags.indices.size;
   const uint64_t rows = bags.num_embeddings;
-  position_bits = bits_for(size);
+  const bool by_position = gradient.per_sample_weights || gradient.argmax;
+  const int source_bits = bits_for(by_position ? size : bags.count);
   const int row_bits = bits_for(rows);
-  if (position_bits + row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
+  if (source_bits + row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
     throw std::runtime_error(
         "embedding_bag: expected rows x indices below 2^63 and bags below 2^32, got " + text(bags.num_embeddings) +
         " rows, " + text(size) + " indices, " + text(bags.count) + " bags");
   }
-  storage.reset(new uint64_t[2 * size]);
-  bag_of.reset(new uint32_t[size]);
+  keys.reset(new uint64_t[2 * size]);
+  if (by_position) {
+    bag_of.reset(new uint32_t[size]);
+  }
   if (gradient.mean) {
     bag_scale.reset(new double[bags.count]);
   }
-  uint64_t* keys = storage.get();
-  const auto key = [&](uint64_t row, int64_t i) { return row << position_bits | static_cast<uint64_t>(i); };
+  const auto key = [&](uint64_t row, uint64_t source) { return row << source_bits | source; };
   for_bags(bags, 1, [&](int64_t first, int64_t last) {
     bool good = true;
     for (int64_t bag = first; bag < last; ++bag) {
@@ -207,8 +152,10 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags) : gra
         const int64_t index = bags.indices[i];
         const bool counts = bags.live(index);
         good &= counts || bags.drop_invalid || bags.valid(index);
-        keys[i] = key(counts ? index : rows, i);
-        bag_of[i] = static_cast<uint32_t>(bag);
+        keys[i] = key(counts ? index : rows, by_position ? i : bag);
+        if (by_position) {
+          bag_of[i] = static_cast<uint32_t>(bag);
+        }
         live += counts;
       }
       if (gradient.mean) {
@@ -218,202 +165,99 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags) : gra
     return good;
   });
   for (int64_t i = bags.count > 0 ? bags.end(bags.count - 1) : 0; i < size; ++i) {
-    keys[i] = key(rows, i);  // after the last bag
+    keys[i] = key(rows, 0);  // after the last bag
   }
-  entries = radix_sort(keys, keys + size, size, position_bits, row_bits);
+  const uint64_t* sorted = radix_sort(keys.get(), keys.get() + size, size, source_bits, row_bits);
+  const int64_t live = std::lower_bound(sorted, sorted + size, key(rows, 0)) - sorted;
+  entries = {sorted, source_bits, bag_of.get(), bag_scale.get(), bags.offsets, nullptr};
 
-  const int64_t live = std::lower_bound(entries, entries + size, key(rows, 0)) - entries;
+  // Each task leaves the starts of its runs where its entries are, without a branch; then they
+  // move together.
   const int64_t tasks = task_count(live);
-  const auto starts_run = [&](int64_t e) { return e == 0 || row(e) != row(e - 1); };
-  std::vector<int64_t> before(tasks + 1, 0);
+  std::vector<int64_t> found(tasks);
+  runs.resize(live + 1);
   run_tasks(tasks, [&](int64_t task) {
-    for (int64_t e = live * task / tasks; e < live * (task + 1) / tasks; ++e) {
-      before[task + 1] += starts_run(e);
+    const int64_t begin = live * task / tasks, end = live * (task + 1) / tasks;
+    int64_t* start = runs.data() + begin;
+    for (int64_t e = begin; e < end; ++e) {
+      *start = e;
+      start += e == 0 || entries.row(e) != entries.row(e - 1);
     }
+    found[task] = start - (runs.data() + begin);
   });
-  for (int64_t task = 0; task < tasks; ++task) {
-    before[task + 1] += before[task];
+  int64_t count = found[0];
+  for (int64_t task = 1; task < tasks; ++task) {
+    const auto begin = runs.begin() + live * task / tasks;
+    std::copy(begin, begin + found[task], runs.begin() + count);
+    count += found[task];
   }
-  runs.resize(before[tasks] + 1);
-  runs.back() = live;
-  run_tasks(tasks, [&](int64_t task) {
-    int64_t run = before[task];
-    for (int64_t e = live * task / tasks; e < live * (task + 1) / tasks; ++e) {
-      if (starts_run(e)) {
-        runs[run++] = e;
-      }
-    }
-  });
+  runs.resize(count + 1);
+  runs[count] = live;
+  entries.runs = runs.data();
 }
 
-// Sums the gradients of entries [first, last): to out, scaled, or to sum where out is null.
-template <class T>
-void WeightGradient::sum_entries(int64_t first, int64_t last, Accumulate<T>* sum, Accumulate<T> scale, T* out) const {
-  using A = Accumulate<T>;
-  const RowPooling<T>& pooling = row_pooling<T>();
-  const T* output = static_cast<const T*>(gradient.output);
-  const T* per_sample_weights = static_cast<const T*>(gradient.per_sample_weights);
-  const bool weighted = per_sample_weights || gradient.mean;
-  const int64_t dim = gradient.dim;
-  const T* rows[chunk];
-  A weights[chunk];
-  const int32_t* argmax[chunk];
-  int32_t positions[chunk];
-  Carry<A> carry(dim);
-  for (int64_t e = first; e < last || e == first;) {
-    const int64_t stop = std::min(e + chunk, last);
-    int gathered = 0;
-    for (; e < stop; ++e, ++gathered) {
-      const int64_t i = position(e);
-      const int64_t bag = bag_of[i];
-      rows[gathered] = output + bag * dim;
-      if (gradient.argmax) {
-        argmax[gathered] = gradient.argmax + bag * dim;
-        positions[gathered] = static_cast<int32_t>(i - bags.begin(bag));
-      } else if (weighted) {
-        const A weight = per_sample_weights ? recsys_ops::scalar::load<1>(per_sample_weights + i)[0] : A{1};
-        weights[gathered] = gradient.mean ? weight * static_cast<A>(bag_scale[bag]) : weight;
-      }
-    }
-    const bool done = e == last;
-    A* to = done ? sum : carry.next();
-    T* finished = done ? out : nullptr;
-    if (gradient.argmax) {
-      pooling.sum_where(rows, argmax, positions, gathered, dim, carry.get(), to, scale, finished);
-    } else {
-      pooling.sum(rows, weighted ? weights : nullptr, gathered, dim, carry.get(), to, scale, finished);
-    }
-    if (done) {
-      return;
-    }
-    carry.advance();
-  }
-}
-
-// The gradient of one row. Many entries are summed in pieces of fixed size, so that all
-// threads help and the result does not depend on how many there are.
-template <class T>
-void WeightGradient::write_run(int64_t first, int64_t last, T* out) const {
-  using A = Accumulate<T>;
-  const A scale = gradient.scale_grad_by_freq ? A{1} / static_cast<A>(last - first) : A{1};
-  const int64_t pieces = (last - first + piece - 1) / piece;
-  if (pieces == 1) {
-    return sum_entries<T>(first, last, nullptr, scale, out);
-  }
-  const int64_t dim = gradient.dim;
-  std::unique_ptr<A[]> partial(new A[pieces * dim]);
-  run_tasks(pieces, [&](int64_t p) {
-    const int64_t begin = first + p * piece;
-    sum_entries<T>(begin, std::min(begin + piece, last), partial.get() + p * dim, A{1}, nullptr);
-  });
-  for (int64_t p = 1; p < pieces; ++p) {
-    for (int64_t d = 0; d < dim; ++d) {
-      partial[d] += partial[p * dim + d];
-    }
-  }
-  for (int64_t d = 0; d < dim; ++d) {
-    recsys_ops::scalar::store<1>(out + d, recsys_ops::scalar::Vector<A, 1>{partial[d] * scale});
-  }
-}
-
-// Writes the gradient of each touched row to place(run).
-template <class T, class Place>
-void WeightGradient::write(const Place& place) const {
-  const int64_t live = runs.back();
-  const int64_t tasks = task_count(live * gradient.dim);
-  const auto first_run = [&](int64_t entry) {
-    return std::lower_bound(runs.begin(), runs.end() - 1, entry) - runs.begin();
-  };
-  const auto is_long = [&](int64_t run) { return runs[run + 1] - runs[run] > piece; };
-  std::atomic<bool> any_long{false};
-  run_tasks(tasks, [&](int64_t task) {
-    const int64_t last = first_run(live * (task + 1) / tasks);
-    for (int64_t run = first_run(live * task / tasks); run < last; ++run) {
-      if (is_long(run)) {
-        any_long.store(true, std::memory_order_relaxed);
-      } else {
-        write_run<T>(runs[run], runs[run + 1], place(run));
-      }
-    }
-  });
-  for (int64_t run = 0; any_long && run < touched(); ++run) {
-    if (is_long(run)) {
-      write_run<T>(runs[run], runs[run + 1], place(run));
-    }
-  }
-}
-
-void WeightGradient::write_sparse(int64_t* rows, void* values) const {
-  for (int64_t run = 0; run < touched(); ++run) {
-    rows[run] = row(runs[run]);
-  }
+// To rows [U] and out [U, D], or, without rows, to out [R, D]. Long runs are summed in pieces of
+// fixed size, so that all threads help and the result does not depend on how many there are.
+void WeightGradient::write(int64_t* rows, void* to) const {
   dispatch(gradient.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    write<T>([&](int64_t run) { return static_cast<T*>(values) + run * gradient.dim; });
+    using A = Accumulate<T>;
+    const GradientPooling<T>& pooling = gradient_pooling<T>();
+    T* out = static_cast<T*>(to);
+    const int64_t dim = gradient.dim, live = runs.back();
+    const int64_t tasks = task_count(live * dim);
+    const auto first_run = [&](int64_t task) {
+      return std::lower_bound(runs.begin(), runs.end() - 1, live * task / tasks) - runs.begin();
+    };
+    std::atomic<bool> all{true};
+    run_tasks(tasks, [&](int64_t task) {
+      if (!pooling.write(gradient, entries, first_run(task), first_run(task + 1), rows, out)) {
+        all.store(false, std::memory_order_relaxed);
+      }
+    });
+    for (int64_t run = 0; !all && run < touched(); ++run) {
+      const int64_t begin = runs[run], end = runs[run + 1];
+      if (end - begin <= longest_run) {
+        continue;
+      }
+      const int64_t pieces = (end - begin + longest_run - 1) / longest_run;
+      std::unique_ptr<A[]> sums(new A[pieces * dim]);
+      run_tasks(pieces, [&](int64_t piece) {
+        const int64_t first = begin + piece * longest_run;
+        pooling.sum(gradient, entries, first, std::min(first + longest_run, end), sums.get() + piece * dim);
+      });
+      const A scale = gradient.scale_grad_by_freq ? A{1} / static_cast<A>(end - begin) : A{1};
+      T* row = out + (rows ? run : entries.row(begin)) * dim;
+      for (int64_t d = 0; d < dim; ++d) {
+        A total = sums[d];
+        for (int64_t piece = 1; piece < pieces; ++piece) {
+          total += sums[piece * dim + d];
+        }
+        recsys_ops::scalar::store<1>(row + d, recsys_ops::scalar::Vector<A, 1>{total * scale});
+      }
+    }
   });
 }
+
+void WeightGradient::write_sparse(int64_t* rows, void* values) const { write(rows, values); }
 
 void WeightGradient::write_dense(void* out) const {
   dispatch(gradient.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    T* table = static_cast<T*>(out);
-    const int64_t size = bags.num_embeddings * gradient.dim;
+    const int64_t size = num_embeddings * gradient.dim;
     run_parts(task_count(size), size, [&](int64_t begin, int64_t end) {
-      std::memset(table + begin, 0, (end - begin) * sizeof(T));
+      std::memset(static_cast<char*>(out) + begin * sizeof(*type), 0, (end - begin) * sizeof(*type));
     });
-    write<T>([&](int64_t run) { return table + row(runs[run]) * gradient.dim; });
   });
+  write(nullptr, out);
 }
 
 void backward_per_sample_weights(
     const Table& weight, const Bags& bags, const void* grad_output, bool mean, void* out) {
   dispatch(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using A = Accumulate<T>;
-    const RowPooling<T>& pooling = row_pooling<T>();
     T* result = static_cast<T*>(out);
     for_bags(bags, weight.dim, [&](int64_t first, int64_t last) {
-      Rows<T> table(weight);
-      const T* rows[chunk];
-      int64_t places[chunk];
-      A dots[chunk];
-      bool good = true;
-      for (int64_t bag = first; bag < last; ++bag) {
-        if (!bags.well_formed(bag)) {
-          return false;
-        }
-        const int64_t begin = bags.begin(bag), end = bags.end(bag);
-        int64_t live = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t index = bags.indices[i];
-          live += bags.live(index);
-          good &= bags.drop_invalid || bags.valid(index);
-        }
-        const A scale = mean && live > 0 ? A{1} / static_cast<A>(live) : A{1};
-        int gathered = 0;
-        const auto flush = [&] {
-          const T* grad = static_cast<const T*>(grad_output) + bag * weight.dim;
-          pooling.dot(rows, gathered, weight.dim, grad, scale, dots);
-          for (int g = 0; g < gathered; ++g) {
-            recsys_ops::scalar::store<1>(result + places[g], recsys_ops::scalar::Vector<A, 1>{dots[g]});
-          }
-          gathered = 0;
-        };
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t index = bags.indices[i];
-          if (!bags.live(index)) {
-            std::memset(static_cast<void*>(result + i), 0, sizeof(T));
-            continue;
-          }
-          rows[gathered] = table.row(index, gathered);
-          places[gathered++] = i;
-          if (gathered == chunk) {
-            flush();
-          }
-        }
-        flush();
-      }
-      return good;
+      return bag_pooling<T>().dot(mean, weight, bags, static_cast<const T*>(grad_output), result, first, last);
     });
     const int64_t tail = bags.count > 0 ? bags.end(bags.count - 1) : 0;
     std::memset(static_cast<void*>(result + tail), 0, (bags.indices.size - tail) * sizeof(T));

@@ -119,13 +119,8 @@ def _gradients(
             *bags,
             scale_grad_by_freq,
         )
-        shape = (ctx.num_embeddings, grad_output.shape[1])
-        grad_weight = torch.sparse_coo_tensor(
-            rows[None], values, shape, is_coalesced=True, check_invariants=False
-        )
-        # AccumulateGrad takes over a gradient that nobody else holds, and forgets that it is
-        # coalesced; it copies one that is held, here until the end of the backward pass.
-        torch.autograd.Variable._execution_engine.queue_callback([grad_weight].clear)
+        grad_weight = _coalesced(rows, values, ctx.num_embeddings)
+        _keep_coalesced(ctx.next_functions[0][0], grad_weight)
     elif needs_weight:
         grad_weight = kernels.embedding_bag_backward(
             grad_output,
@@ -143,6 +138,36 @@ def _gradients(
             grad_output, weight, indices, offsets, mean, *bags
         )
     return grad_weight, grad_per_sample_weights
+
+
+def _coalesced(rows: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
+    shape = (num_embeddings, values.shape[1])
+    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+
+
+def _keep_coalesced(receiver: Any, gradient: Tensor) -> None:
+    """Lets a leaf's ``grad`` be coalesced as the ``gradient`` that the leaf is about to receive.
+
+    AccumulateGrad takes over the memory of a gradient that nobody else holds, and forgets that it
+    is coalesced, which is said again at the end of the backward pass. It copies one that is held:
+    dearer, but what the leaf's own hooks see is coalesced at once.
+    """
+    leaf = getattr(receiver, "variable", None)
+    if leaf is None:
+        return
+    at_end = torch.autograd.Variable._execution_engine.queue_callback
+    if leaf._post_accumulate_grad_hooks:
+        at_end([gradient].clear)
+        return
+    # Of the same memory, so that no other gradient can be at its address before the end.
+    same_values = gradient._values().detach()
+
+    def restore() -> None:
+        grad = leaf.grad
+        if grad is not None and grad.is_sparse and grad._values().data_ptr() == same_values.data_ptr():
+            grad._coalesced_(True)
+
+    at_end(restore)
 
 
 def _fake_forward(

@@ -1,5 +1,6 @@
 // Compares the kernels of one SIMD level with those of the scalar level, over lengths of rows
 // around every block size. Built and run by test_simd_levels.py, also for machines other than this.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -7,7 +8,7 @@
 
 #include "../../csrc/common/simd.h"
 #include "../../csrc/embedding_bag/bag_pooling.h"
-#include "../../csrc/embedding_bag/row_pooling.h"
+#include "../../csrc/embedding_bag/gradient_pooling.h"
 
 using namespace recsys_ops;
 using namespace recsys_ops::embedding_bag;
@@ -56,8 +57,8 @@ template <class T>
 void check(const char* name, DType dtype, double tolerance) {
   const BagPooling<T>& bags_expected = embedding_bag::scalar::bag_pooling(static_cast<const T*>(nullptr));
   const BagPooling<T>& bags_got = embedding_bag::LEVEL::bag_pooling(static_cast<const T*>(nullptr));
-  const RowPooling<T>& rows_expected = embedding_bag::scalar::row_pooling(static_cast<const T*>(nullptr));
-  const RowPooling<T>& rows_got = embedding_bag::LEVEL::row_pooling(static_cast<const T*>(nullptr));
+  const GradientPooling<T>& gradients_expected = embedding_bag::scalar::gradient_pooling(static_cast<const T*>(nullptr));
+  const GradientPooling<T>& gradients_got = embedding_bag::LEVEL::gradient_pooling(static_cast<const T*>(nullptr));
   using A = Accumulate<T>;
   for (int64_t dim = 1; dim < 300; dim += dim < 70 ? 1 : 13) {
     const int64_t rows = 50, entries = 60;
@@ -86,30 +87,40 @@ void check(const char* name, DType dtype, double tolerance) {
       ++failures;
     }
 
-    std::vector<const T*> pointers;
-    std::vector<const int32_t*> positions_of;
-    std::vector<int32_t> positions;
-    for (int64_t row = 0; row < 4; ++row) {
-      pointers.push_back(weight.data() + row * dim);
-      positions_of.push_back(at_expected.data() + row * dim);
-      positions.push_back(static_cast<int32_t>(row));
+    std::vector<T> dots_expected(entries), dots_got(entries);
+    bags_expected.dot(true, table, bags, weight.data(), dots_expected.data(), 0, 4);
+    bags_got.dot(true, table, bags, weight.data(), dots_got.data(), 0, 4);
+    compare(name, dim, dots_expected, dots_got, tolerance * (1 + dim));
+
+    // Two rows: entries 0, 9 and 59 of one, 30 of the other.
+    std::vector<uint32_t> bag_of(entries);
+    for (int64_t bag = 0; bag < 4; ++bag) {
+      std::fill(bag_of.begin() + offsets[bag], bag_of.begin() + offsets[bag + 1], static_cast<uint32_t>(bag));
     }
-    std::vector<A> carry(dim, A{0.5}), dots_expected(4), dots_got(4);
-    std::vector<T> row_expected(dim), row_got(dim);
-    rows_expected.sum(pointers.data(), nullptr, 4, dim, carry.data(), nullptr, A{2}, row_expected.data());
-    rows_got.sum(pointers.data(), nullptr, 4, dim, carry.data(), nullptr, A{2}, row_got.data());
-    compare(name, dim, row_expected, row_got, tolerance);
-    rows_expected.sum_where(pointers.data(), positions_of.data(), positions.data(), 4, dim, nullptr, nullptr, A{1},
-                            row_expected.data());
-    rows_got.sum_where(pointers.data(), positions_of.data(), positions.data(), 4, dim, nullptr, nullptr, A{1},
-                       row_got.data());
-    compare(name, dim, row_expected, row_got, tolerance);
-    rows_expected.dot(pointers.data(), 4, dim, weight.data(), A{1}, dots_expected.data());
-    rows_got.dot(pointers.data(), 4, dim, weight.data(), A{1}, dots_got.data());
-    for (int i = 0; i < 4; ++i) {
-      if (!(std::abs(dots_expected[i] - dots_got[i]) <= 1e-4 * (1 + dim))) {
-        std::printf("%s, dim %ld: dot product %d differs\n", name, static_cast<long>(dim), i);
+    const std::vector<uint64_t> keys = {2 << 8 | 0, 2 << 8 | 9, 2 << 8 | 59, 7 << 8 | 30};
+    const std::vector<int64_t> runs = {0, 3, 4};
+    const std::vector<double> bag_scale = {1, 1, 0.125, 0.25};
+    const SortedEntries sorted = {keys.data(), 8, bag_of.data(), bag_scale.data(), bags.offsets, runs.data()};
+    const auto output = random_elements<T>(4 * dim);
+    for (const int32_t* argmax : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(at_expected.data())}) {
+      const Gradient gradient = {dtype, output.data(), dim, argmax ? nullptr : factors.data(), argmax, !argmax, true};
+      std::vector<T> values_expected(2 * dim), values_got(2 * dim);
+      std::vector<int64_t> rows_of(2);
+      gradients_expected.write(gradient, sorted, 0, 2, rows_of.data(), values_expected.data());
+      gradients_got.write(gradient, sorted, 0, 2, rows_of.data(), values_got.data());
+      compare(name, dim, values_expected, values_got, tolerance);
+      if (rows_of != std::vector<int64_t>{2, 7}) {
+        std::printf("%s, dim %ld: wrong rows\n", name, static_cast<long>(dim));
         ++failures;
+      }
+      std::vector<A> sum_expected(dim), sum_got(dim);
+      gradients_expected.sum(gradient, sorted, 0, 4, sum_expected.data());
+      gradients_got.sum(gradient, sorted, 0, 4, sum_got.data());
+      for (int64_t d = 0; d < dim; ++d) {
+        if (!(std::abs(sum_expected[d] - sum_got[d]) <= tolerance)) {
+          std::printf("%s, dim %ld: sum of element %ld differs\n", name, static_cast<long>(dim), static_cast<long>(d));
+          ++failures;
+        }
       }
     }
   }
@@ -117,17 +128,23 @@ void check(const char* name, DType dtype, double tolerance) {
 
 // Every half, and floats at and between them, through both conversions.
 void check_halves() {
-  const RowPooling<Half>& expected = embedding_bag::scalar::row_pooling(static_cast<const Half*>(nullptr));
-  const RowPooling<Half>& got = embedding_bag::LEVEL::row_pooling(static_cast<const Half*>(nullptr));
+  const GradientPooling<Half>& expected = embedding_bag::scalar::gradient_pooling(static_cast<const Half*>(nullptr));
+  const GradientPooling<Half>& got = embedding_bag::LEVEL::gradient_pooling(static_cast<const Half*>(nullptr));
   const int64_t size = 0x10000;
   std::vector<Half> halves(size), narrow_expected(size), narrow_got(size);
   std::vector<float> floats(size), floats_got(size);
   for (int64_t i = 0; i < size; ++i) {
     halves[i].bits = static_cast<uint16_t>(i);
   }
-  const Half* row = halves.data();
-  expected.sum(&row, nullptr, 1, size, nullptr, floats.data(), 1, nullptr);
-  got.sum(&row, nullptr, 1, size, nullptr, floats_got.data(), 1, nullptr);
+  // The gradient of one row from one bag, as it is and times a factor.
+  const uint64_t key = 0;
+  const int64_t runs[2] = {0, 1};
+  double factor = 1;
+  int64_t row;
+  const SortedEntries entry = {&key, 1, nullptr, &factor, {}, runs};
+  const Gradient gradient = {DType::float16, halves.data(), size, nullptr, nullptr, true, false};
+  expected.sum(gradient, entry, 0, 1, floats.data());
+  got.sum(gradient, entry, 0, 1, floats_got.data());
   for (int64_t i = 0; i < size; ++i) {
     if (!(floats[i] == floats_got[i]) && !(floats[i] != floats[i] && floats_got[i] != floats_got[i])) {
       std::printf("half %04lx: expected %g, got %g\n", static_cast<long>(i), floats[i], floats_got[i]);
@@ -135,15 +152,12 @@ void check_halves() {
     }
   }
   for (const float nudge : {1.0f, 1.0f + 0x1p-11f, 1.0f + 0x1p-11f + 0x1p-20f, 1.0f - 0x1p-12f}) {
-    std::vector<float> nudged(floats);
-    for (float& value : nudged) {
-      value *= nudge;
-    }
-    expected.sum(nullptr, nullptr, 0, size, nudged.data(), nullptr, 1, narrow_expected.data());
-    got.sum(nullptr, nullptr, 0, size, nudged.data(), nullptr, 1, narrow_got.data());
+    factor = nudge;
+    expected.write(gradient, entry, 0, 1, &row, narrow_expected.data());
+    got.write(gradient, entry, 0, 1, &row, narrow_got.data());
     for (int64_t i = 0; i < size; ++i) {
-      if (nudged[i] == nudged[i] && narrow_expected[i].bits != narrow_got[i].bits) {
-        std::printf("float %a: expected half %04x, got %04x\n", static_cast<double>(nudged[i]),
+      if (floats[i] == floats[i] && narrow_expected[i].bits != narrow_got[i].bits) {
+        std::printf("float %a: expected half %04x, got %04x\n", static_cast<double>(floats[i] * nudge),
                     narrow_expected[i].bits, narrow_got[i].bits);
         ++failures;
       }

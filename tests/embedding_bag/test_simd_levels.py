@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ["csrc/embedding_bag/bag_pooling.cpp", "csrc/embedding_bag/row_pooling.cpp"]
+SOURCES = ["csrc/embedding_bag/bag_pooling.cpp", "csrc/embedding_bag/gradient_pooling.cpp"]
 FLAGS = ["-std=c++17", "-O1", "-fno-wrapv", "-w"]
 
 

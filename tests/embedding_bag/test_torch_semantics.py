@@ -203,3 +203,39 @@ def test_difference_sparse_gradients_are_coalesced(backend: str) -> None:
     assert ours.is_coalesced() and not theirs.is_coalesced()
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     assert ours.indices().tolist() == [[0, 1, 4]]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sparse_gradient_stays_coalesced_however_it_is_received(backend: str) -> None:
+    ids, offsets = torch.tensor([4, 1, 4, 0]), torch.tensor([0, 2])
+
+    def pool(weight: Tensor) -> Tensor:
+        return recsys_ops.embedding_bag(ids, weight, offsets, mode="sum", sparse=True, backend=backend)
+
+    expected = torch.tensor([[1.0], [1], [0], [0], [2], [0]]).expand(6, 2)
+    weight = torch.ones(6, 2, requires_grad=True)
+    (received,) = torch.autograd.grad(pool(weight).sum(), weight)
+    assert received.is_coalesced() and torch.equal(received.to_dense(), expected)
+    assert weight.grad is None
+
+    seen = []  # by an optimizer that runs inside the backward pass
+    weight.register_post_accumulate_grad_hook(lambda leaf: seen.append(leaf.grad.is_coalesced()))
+    pool(weight).sum().backward()
+    assert seen == [True] and weight.grad.is_coalesced()
+
+    weight = torch.ones(6, 2, requires_grad=True)
+    for times in (1, 2):
+        pool(weight).sum().backward()
+        assert torch.equal(weight.grad.to_dense(), times * expected)
+    weight.grad = None
+    (pool(weight) + pool(weight)).sum().backward()
+    assert torch.equal(weight.grad.to_dense(), 2 * expected)
+
+
+def test_sparse_gradient_is_not_copied() -> None:
+    weight = torch.ones(6, 2, requires_grad=True)
+    addresses = []
+    weight.register_hook(lambda gradient: addresses.append(gradient._values().data_ptr()))
+    pooled = recsys_ops.embedding_bag(torch.tensor([[4, 1], [4, 0]]), weight, mode="sum", sparse=True)
+    pooled.sum().backward()
+    assert weight.grad.is_coalesced() and addresses == [weight.grad._values().data_ptr()]
