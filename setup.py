@@ -41,7 +41,7 @@ SOURCES = sorted(
     if (source := path.relative_to(ROOT).as_posix()) not in SIMD_SOURCES
 )
 HEADERS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.h"))
-FLAGS = ["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-wrapv"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fno-math-errno", "-fno-wrapv"]
 
 # GCC 12 takes its own intrinsics' undefined operands for ours.
 QUIET = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi"]

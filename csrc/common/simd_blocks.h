@@ -7,38 +7,31 @@
 
 namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL {
 
-// Calls block.run<LANES, VECTORS>(column), VECTORS at most MOST, so that every column of dim is
-// covered. A last block that would pass the end starts earlier instead: its columns are computed
-// twice, alike.
-template <int LANES, int MOST, class Block>
-RECSYS_OPS_INLINE void for_each_block(int64_t dim, const Block& block) {
-  static_assert(MOST == 4 || MOST == 8, "expected 4 or 8 registers");
-  if constexpr (LANES > 1) {
-    if (dim < LANES) {
-      return for_each_block<LANES / 2, MOST>(dim, block);
-    }
+// Calls block.run<LANES, N>(column) for N = VECTORS and then its halves, so that every column from
+// `column` to dim is covered. A last block that would pass the end starts earlier instead: its
+// columns are computed twice, alike.
+template <int LANES, int VECTORS, class Block>
+RECSYS_OPS_INLINE void for_each_block(int64_t dim, const Block& block, int64_t column = 0) {
+  for (; dim - column >= LANES * VECTORS; column += LANES * VECTORS) {
+    block.template run<LANES, VECTORS>(column);
   }
-  int64_t column = 0;
-  for (; dim - column >= MOST * LANES; column += MOST * LANES) {
-    block.template run<LANES, MOST>(column);
-  }
-  switch ((dim - column) / LANES) {
-    case 1: block.template run<LANES, 1>(column); break;
-    case 2: block.template run<LANES, 2>(column); break;
-    case 3: block.template run<LANES, 3>(column); break;
-    default: break;
-  }
-  if constexpr (MOST == 8) {
-    switch ((dim - column) / LANES) {
-      case 4: block.template run<LANES, 4>(column); break;
-      case 5: block.template run<LANES, 5>(column); break;
-      case 6: block.template run<LANES, 6>(column); break;
-      case 7: block.template run<LANES, 7>(column); break;
-      default: break;
-    }
-  }
-  if (dim % LANES != 0) {
+  if constexpr (VECTORS > 1) {
+    for_each_block<LANES, VECTORS / 2>(dim, block, column);
+  } else if (column == dim) {
+    return;
+  } else if (column > 0) {
     block.template run<LANES, 1>(dim - LANES);
+  } else if constexpr (LANES > 1) {
+    for_each_block<LANES / 2, 1>(dim, block);
+  }
+}
+
+// Prefetches what vector v of a block will read of a row, where a cache line starts. Called between
+// the loads of another row: a row's lines asked for at once hold up the loads behind them.
+template <int LANES, class T>
+RECSYS_OPS_INLINE void prefetch_vector(const T* row, int v) {
+  if (v * LANES * sizeof(T) % 64 == 0) {
+    __builtin_prefetch(row + v * LANES);
   }
 }
 

@@ -30,10 +30,8 @@ struct SumBlock {
     const int64_t dim = gradient.dim;
     Vector<A, LANES> total[VECTORS] = {};
     for (int64_t e = begin; e < end; ++e) {
-      if (e < prefetch_end - prefetch_ahead) {
-        const int64_t bag = entries.bag(entries.source(e + prefetch_ahead));
-        prefetch(output + bag * dim, LANES * VECTORS * sizeof(T));
-      }
+      const int64_t later = e < prefetch_end - prefetch_ahead ? e + prefetch_ahead : e;
+      const T* ahead = output + entries.bag(entries.source(later)) * dim;
       const int64_t source = entries.source(e);
       const int64_t bag = entries.bag(source);
       const T* row = output + bag * dim;
@@ -44,6 +42,7 @@ struct SumBlock {
       }
       for (int v = 0; v < VECTORS; ++v) {
         const auto term = load<LANES>(row + v * LANES);
+        prefetch_vector<LANES>(ahead, v);
         if constexpr (TERMS == Terms::where) {
           const auto at = load_positions<LANES, A>(gradient.argmax + bag * dim + column + v * LANES);
           const auto position = static_cast<IntegerLike<A>>(source - entries.offsets[bag]);
