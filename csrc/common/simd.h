@@ -105,6 +105,19 @@ inline Vector<double, LANES> load(const double* from) {
 
 template <int LANES>
 inline Vector<float, LANES> load(const BFloat16* from) {
+  // The compiler widens halves of a vector one by one; the instructions widen all of it.
+#if defined(__AVX512F__)
+  if constexpr (LANES == 16) {
+    const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return bit_cast<Vector<float, LANES>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (LANES == 8) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return bit_cast<Vector<float, LANES>>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16));
+  }
+#endif
   const auto narrow = load_raw<LANES>(reinterpret_cast<const uint16_t*>(from));
   return bit_cast<Vector<float, LANES>>(__builtin_convertvector(narrow, Vector<uint32_t, LANES>) << 16);
 }

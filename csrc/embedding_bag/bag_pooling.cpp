@@ -9,7 +9,7 @@ namespace {
 using namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL;
 
 constexpr int64_t prefetch_ahead = 16;  // entries
-constexpr int64_t strip = 32;           // bags whose columns are pooled block by block
+constexpr int64_t strip = 32;           // bags that are pooled block by block
 
 // Rows that begin at cache lines, rows that do not, and rows whose elements are apart.
 enum class Layout { aligned, unaligned, strided };
@@ -148,12 +148,20 @@ struct MaxBlock {
       bool empty = true;
       good &= entries.for_each(bag, column, [&](const T* row, const T* ahead, int64_t i) __attribute__((always_inline)) {
         const Positions here = Positions{} + static_cast<IntegerLike<A>>(i - entries.begin(bag));
-        for (int v = 0; v < VECTORS; ++v) {
-          const auto candidate = entries.template load_at<LANES>(row, v * LANES);
-          prefetch_vector<LANES>(ahead, v);
-          const auto higher = (candidate > best[v]) | (empty ? Positions{} - 1 : Positions{});
-          best[v] = higher ? candidate : best[v];
-          at[v] = higher ? here : at[v];
+        if (empty) {
+          for (int v = 0; v < VECTORS; ++v) {
+            best[v] = entries.template load_at<LANES>(row, v * LANES);
+            prefetch_vector<LANES>(ahead, v);
+            at[v] = here;
+          }
+        } else {
+          for (int v = 0; v < VECTORS; ++v) {
+            const auto candidate = entries.template load_at<LANES>(row, v * LANES);
+            prefetch_vector<LANES>(ahead, v);
+            const auto higher = candidate > best[v];
+            best[v] = higher ? candidate : best[v];
+            at[v] = higher ? here : at[v];
+          }
         }
         entries.template prefetch_rest<LANES * VECTORS>(ahead);
         empty = false;
@@ -168,13 +176,15 @@ struct MaxBlock {
   }
 };
 
-// Calls pool(entries) for strips of the bags; false where one is not well formed.
-template <class T, class Index, Layout LAYOUT, class F>
+// Calls pool(entries) for strips of the bags; false where one is not well formed. Where a row is
+// more than a block, a strip is one bag, so that what is next to each other is read together.
+template <class T, class Index, Layout LAYOUT, int BLOCK, class F>
 bool for_strips(const Table& table, const Bags& bags, int64_t first, int64_t last, const F& pool) {
   Entries<T, Index, LAYOUT> entries(table, bags);
   entries.prefetch_end = first < last && bags.well_formed(last - 1) ? bags.end(last - 1) : 0;
+  const int64_t length = table.dim <= BLOCK ? strip : 1;
   for (entries.first = first; entries.first < last; entries.first = entries.last) {
-    entries.last = entries.first + strip < last ? entries.first + strip : last;
+    entries.last = entries.first + length < last ? entries.first + length : last;
     for (int64_t bag = entries.first; bag < entries.last; ++bag) {
       if (!bags.well_formed(bag)) {
         return false;
@@ -193,7 +203,7 @@ bool sum_bags_of(
   constexpr int lanes = LAYOUT == Layout::strided ? 1 : full_lanes<Accumulate<T>>;
   const int64_t dim = table.dim;
   bool good = true;
-  const bool complete = for_strips<T, Index, LAYOUT>(table, bags, first, last, [&](const auto& entries) {
+  const bool complete = for_strips<T, Index, LAYOUT, 8 * lanes>(table, bags, first, last, [&](const auto& entries) {
     if (per_sample_weights) {
       for_each_block<lanes, 8>(
           dim, SumBlock<T, Index, LAYOUT, true>{entries, per_sample_weights, mean, out, dim, good});
@@ -208,7 +218,7 @@ template <class T, class Index, Layout LAYOUT>
 bool max_bags_of(const Table& table, const Bags& bags, T* out, int32_t* argmax, int64_t first, int64_t last) {
   constexpr int lanes = LAYOUT == Layout::strided ? 1 : full_lanes<Accumulate<T>>;
   bool good = true;
-  const bool complete = for_strips<T, Index, LAYOUT>(table, bags, first, last, [&](const auto& entries) {
+  const bool complete = for_strips<T, Index, LAYOUT, 4 * lanes>(table, bags, first, last, [&](const auto& entries) {
     for_each_block<lanes, 4>(table.dim, MaxBlock<T, Index, LAYOUT>{entries, out, argmax, table.dim, good});
   });
   return good && complete;
@@ -239,7 +249,7 @@ bool dot_bags_of(
   using A = Accumulate<T>;
   constexpr int lanes = LAYOUT == Layout::strided ? 1 : full_lanes<A>;
   bool good = true;
-  const bool complete = for_strips<T, Index, LAYOUT>(table, bags, first, last, [&](const auto& entries) {
+  const bool complete = for_strips<T, Index, LAYOUT, lanes>(table, bags, first, last, [&](const auto& entries) {
     for (int64_t bag = entries.first; bag < entries.last; ++bag) {
       int64_t live = 0;
       for (int64_t i = entries.begin(bag); i < entries.end(bag); ++i) {
