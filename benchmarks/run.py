@@ -77,11 +77,14 @@ def run_bench(
         _measure_all(work, results, _QUICK if quick else _DEFAULT, console)
     except KeyboardInterrupt:
         results.complete = False
+    except Exception:
+        _write(results, json_path, html_path)
+        raise
     if check_targets:
         targets = [target for suite in chosen for target in suite.targets]
         results.verdicts = judge(targets, results.rows)
     print_results(results, console)
-    _write(results, json_path, html_path, console)
+    _write(results, json_path, html_path)
     if not results.complete:
         return INTERRUPTED
     return 1 if results.failed else 0
@@ -136,14 +139,10 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
         yield move
 
 
-def _write(
-    results: Results, json_path: Path | str | None, html_path: Path | str | None, console: Console
-) -> None:
+def _write(results: Results, json_path: Path | str | None, html_path: Path | str | None) -> None:
     if json_path:
         write_atomically(Path(json_path), results.to_json())
     if html_path:
         from recsys_ops.benchmarks.page import render_results
 
         write_atomically(Path(html_path), render_results(results))
-    for path in filter(None, (json_path, html_path)):
-        console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

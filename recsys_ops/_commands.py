@@ -211,7 +211,11 @@ def _bench(
     from recsys_ops.benchmarks import run_bench
 
     with _output(json_path) as (console, json_file):
-        raise typer.Exit(run_bench(op, json_file, html, filter_, quick, check_targets, console))
+        code = run_bench(op, json_file, html, filter_, quick, check_targets, console)
+        for path in (json_path, html) if code != 2 else ():
+            if path not in (None, "-"):
+                console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(code)
 
 
 @app.command(

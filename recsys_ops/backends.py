@@ -137,6 +137,10 @@ class Operator:
             found = self._decisions[key] = self._choose_and_log(call, backend)
         return found
 
+    def forget(self, backend: str) -> None:
+        """Drop what was decided for calls that ask for ``backend``, whose implementation goes away."""
+        self._decisions = {key: found for key, found in self._decisions.items() if key[0] != backend}
+
     def decide(self, call: Call, backend: str | None = None) -> Decision:
         """Like ``choose``, with the reasons."""
         requested, because = _request(backend)

@@ -89,8 +89,7 @@ def candidate(spec: OperatorSpec, kernels: Any) -> Iterator[Target]:
         yield Target(name)
     finally:
         del BACKENDS[name], operator.implementations[name], spec.kernels[name]
-        for decided in [key for key in operator._decisions if key[0] == name]:
-            del operator._decisions[decided]
+        operator.forget(name)
 
 
 def overridden(kernels: Any, override: dict[str, Callable[..., Any]]) -> SimpleNamespace:

@@ -154,8 +154,8 @@ def run_verify(
     Where there is no GPU, Triton kernels run interpreted. Interrupted, it reports what is finished.
 
     Returns:
-        The exit code: 0 if all is well, 1 if a check failed or the run was interrupted, 2 for an
-        unknown operator or backend.
+        The exit code: 0 if all is well, 1 if a check failed, 2 for an unknown operator or backend,
+        130 after Ctrl-C.
     """
     from rich.console import Console
     from rich.markup import escape
@@ -180,6 +180,8 @@ def run_verify(
     failed, ran = len(report.failures), len(report.results)
     stopped = "" if report.complete else f" Interrupted: {report.total - ran} did not run."
     console.print(f"{ran - failed} passed, {failed} failed.{stopped}")
+    if not report.complete:
+        return 130
     return 0 if report.ok else 1
 
 

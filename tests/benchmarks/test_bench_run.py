@@ -137,6 +137,28 @@ def test_ctrl_c_leaves_what_is_finished(bench: Bench, tmp_path: Path) -> None:
     assert "Interrupted" in (tmp_path / "bench.html").read_text()
 
 
+def test_an_error_leaves_what_is_finished(bench: Bench, tmp_path: Path) -> None:
+    def breaks_later(workload: Workload, inputs: Inputs) -> Callable[[Any], Any]:
+        right, calls = tiny.OURS.prepare(workload, inputs), iter(range(100))
+
+        def call(batch: Any) -> Any:
+            if workload.name == "tiny/second" and next(calls) > 5:
+                raise RuntimeError("out of memory")
+            return right(batch)
+
+        return call
+
+    suite = tiny.suite(
+        [Candidate("recsys_ops", breaks_later), tiny.TORCH],
+        [tiny.workload("tiny/first"), tiny.workload("tiny/second")],
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench(suite, json_path=tmp_path / "bench.json")
+    record = json.loads((tmp_path / "bench.json").read_text())
+    assert record["complete"] is False
+    assert {row["workload"] for row in record["rows"]} == {"tiny/first"}
+
+
 def test_ctrl_c_before_anything_is_finished_writes_an_empty_record(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from recsys_ops.testing import (
 )
 from recsys_ops.testing import verify as module
 from recsys_ops.testing.__main__ import main
+from recsys_ops.testing.registry import Example
 from recsys_ops.testing.verify import run_verify, verify
 
 
@@ -101,6 +102,16 @@ def test_interrupted_run_keeps_what_is_finished(serve) -> None:  # type: ignore[
     report = verify(progress=interrupt)
     assert len(report.results) == 3
     assert not report.complete and not report.ok and not report.failures
+
+
+def test_interrupted_command_says_so(serve, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def interrupt(self: Example, seed: int = 0) -> Result:
+        raise KeyboardInterrupt
+
+    serve(toy.spec())
+    monkeypatch.setattr(Example, "run", interrupt)
+    code, said = run()
+    assert code == 130 and "Interrupted" in said
 
 
 def test_terminal_shows_a_bar(serve) -> None:  # type: ignore[no-untyped-def]
