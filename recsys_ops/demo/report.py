@@ -55,12 +55,13 @@ def to_json(result: Result) -> dict[str, Any]:
 
 def print_summary(result: Result, console: Console) -> None:
     """A table of times for each model, then one of outcomes."""
+    width = max(console.width, 80)  # a column that does not fit would not be shown
     for trial in result.trials:
         console.print()
-        console.print(_console_table(f"{trial.name}: medians in ms", *_times(trial)))
+        console.print(_console_table(f"{trial.name}: medians in ms", *_times(trial)), width=width, crop=False)
     if result.trials:
         console.print()
-        console.print(_console_table("What both learnt", *_outcomes(result.trials)))
+        console.print(_console_table("What both learnt", *_outcomes(result.trials)), width=width, crop=False)
     for finding in _findings(result.trials):
         console.print(Text(finding, "red"))
 
@@ -201,9 +202,10 @@ def _words(value: Any) -> str:
 
 def _console_table(title: str, headers: list[str], rows: list[list[str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, header_style="dim")
-    for header in headers:
+    for header, *cells in zip(headers, *rows, strict=True):
         words = header in ("part", "model", "", "lookup", "outcome")
-        table.add_column(header, justify="left" if words else "right", overflow="fold")
+        longest_word = max(len(word) for cell in (header, *cells) for word in (*cell.split(), ""))
+        table.add_column(header, justify="left" if words else "right", min_width=longest_word)
     for row in rows:
         table.add_row(*map(Text, row))
     return table
