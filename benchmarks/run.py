@@ -8,21 +8,18 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from recsys_ops._output import INTERRUPTED, progress_bar, write_atomically
 from recsys_ops.benchmarks.ceilings import measure_ceilings
 from recsys_ops.benchmarks.machine import cache_bytes, describe_machine, versions
 from recsys_ops.benchmarks.measure import Budget, measure
 from recsys_ops.benchmarks.registry import Suite, Workload, suites
 from recsys_ops.benchmarks.results import Results, print_results
 from recsys_ops.benchmarks.targets import judge
-from recsys_ops.html import write_atomically
 
-INTERRUPTED = 130
 _DEFAULT, _QUICK = Budget(seconds=4.0), Budget(seconds=1.0, fewest_rounds=7)
 
 
@@ -127,8 +124,7 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
 
         yield line
         return
-    columns: Any = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console, transient=True) as bar:
         task = bar.add_task("", total=total)
 
         def move(name: str) -> None:
@@ -140,9 +136,12 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
 
 
 def _write(results: Results, json_path: Path | str | None, html_path: Path | str | None) -> None:
+    for path in (json_path, html_path):
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
     if json_path:
-        write_atomically(Path(json_path), results.to_json())
+        write_atomically(json_path, results.to_json())
     if html_path:
         from recsys_ops.benchmarks.page import render_results
 
-        write_atomically(Path(html_path), render_results(results))
+        write_atomically(html_path, render_results(results))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_ops import __version__
+from recsys_ops._output import write_json
 
 app = typer.Typer(
     name="recsys-ops",
@@ -288,4 +288,4 @@ def _output(json_path: str | None) -> Iterator[tuple[Console, Path | None]]:
 
 def _write(file: Path | None, content: Any) -> None:
     if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        write_json(file, content)

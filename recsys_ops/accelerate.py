@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import os
 import sys
 import traceback
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from recsys_ops._output import write_json
 from recsys_ops.acceleration.checks import (
     Measure,
     lookup_parity,
@@ -248,7 +248,7 @@ def run_accelerate(
         if json_path is not None:
             content = {"model": model_spec, "inputs": inputs_spec, **report.to_dict()}
             try:
-                Path(json_path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+                write_json(json_path, content)
             except OSError as error:
                 raise _UsageError(f"cannot write --json {json_path}: {error.strerror}") from None
     except _UsageError as error:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from recsys_ops import doctor
-
-INTERRUPTED = 130
+from recsys_ops._output import INTERRUPTED
 
 
 def main() -> None:

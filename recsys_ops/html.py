@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -193,32 +190,6 @@ def new_figure(width: float = 10.5, height: float = 4.0) -> Iterator[Figure]:
 
     with matplotlib.rc_context(_STYLE):
         yield Figure(figsize=(width, height))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that readers see the old one or the whole new one, never a part.
-
-    Args:
-        path: where; its folder is created.
-        text: written as UTF-8.
-
-    Example:
-        >>> import tempfile, pathlib
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_atomically(pathlib.Path(folder, "a", "b.txt"), "text")
-        ...     pathlib.Path(folder, "a", "b.txt").read_text()
-        'text'
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _render(template: str, **values: Any) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as ProgressBar
+from rich.progress import TaskID
 
+from recsys_ops._output import INTERRUPTED, progress_bar, write_atomically, write_json
 from recsys_ops.demo import report
 from recsys_ops.demo.data import (
     DataError,
@@ -23,7 +22,6 @@ from recsys_ops.demo.data import (
 from recsys_ops.demo.features import leave_last_out
 from recsys_ops.demo.tasks import Progress, Settings, dlrm_task, history_task
 from recsys_ops.demo.trial import run_trial
-from recsys_ops.html import write_atomically
 
 REPORT = "index.html"
 _MAX_ITEMS = 20_000  # scored one by one for every customer ranked
@@ -69,7 +67,7 @@ def run_demo(
         console.print(message, style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
 
     split = leave_last_out(purchases)
     _describe(purchases, console)
@@ -90,10 +88,11 @@ def run_demo(
     if trials:
         write_atomically(output / REPORT, report.to_html(result))
         if json_path is not None:
-            write_atomically(json_path, json.dumps(report.to_json(result), indent=2) + "\n")
+            json_path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(json_path, report.to_json(result))
         console.print(f"\nReport: {output / REPORT}", markup=False, highlight=False, soft_wrap=True)
     if interrupted:
-        return 130
+        return INTERRUPTED
     return 0 if all(trial.agrees for trial in trials) else 1
 
 
@@ -118,8 +117,7 @@ def _describe(data: Interactions, console: Console) -> None:
 def _progress(name: str, console: Console) -> Iterator[Progress]:
     """Bars on a terminal; elsewhere a line when a stage begins."""
     stages: dict[str, TaskID] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with ProgressBar(*columns, console=console, disable=not console.is_terminal) as bars:
+    with progress_bar(console, disable=not console.is_terminal) as bars:
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in stages:

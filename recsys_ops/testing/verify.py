@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import os
 import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from recsys_ops import __version__
+from recsys_ops._output import INTERRUPTED, progress_bar, write_json
 from recsys_ops.backends import BACKENDS, operators
 from recsys_ops.testing.contract import OperatorSpec
 from recsys_ops.testing.execution import targets
@@ -170,7 +169,7 @@ def run_verify(
         console.print(escape(str(error)), style="red", soft_wrap=True)
         return 2
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        write_json(json_path, report.to_dict())
     for failure in report.failures:
         console.print(escape(str(failure)), style="red", soft_wrap=True)
     for table in report.tables():
@@ -181,7 +180,7 @@ def run_verify(
     stopped = "" if report.complete else f" Interrupted: {report.total - ran} did not run."
     console.print(f"{ran - failed} passed, {failed} failed.{stopped}")
     if not report.complete:
-        return 130
+        return INTERRUPTED
     return 0 if report.ok else 1
 
 
@@ -210,8 +209,6 @@ def _cell(passed: int, failed: int) -> str:
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Progress]:
     """A bar on a terminal, a line for every check in a pipe."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     if not console.is_terminal:
         last = ""
 
@@ -223,11 +220,10 @@ def _progress(console: Console) -> Iterator[Progress]:
 
         yield line
         return
-    columns = TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as bar:
+    with progress_bar(console, transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def advance(done: int, total: int, result: Result) -> None:
-            bar.update(task, total=total, completed=done, description=result.check)
+            bar.update(task, total=total, completed=done, description=f"{result.check:<20}")
 
         yield advance
