@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from recsys_ops.embedding_bag.reference import check_offsets, check_values
 from recsys_ops.triton_kernels import embedding_bag_kernels as kernels
 
 LANES = 64 if torch.version.hip else 32
@@ -231,11 +232,10 @@ class _Bags:
 
     def __post_init__(self) -> None:
         if self.indices.is_cpu:
-            _check_offsets(self.indices, self.offsets)
-            if not self.drop_invalid:
-                everything = len(self.indices) if self.num_bags else 0
-                used = int(self.offsets[-1]) if self.include_last_offset else everything
-                _check_indices(self.indices[:used], self.num_embeddings)
+            if self.drop_invalid:
+                check_offsets(self.indices, self.offsets)
+            else:
+                check_values(self.indices, self.offsets, self.num_embeddings, self.include_last_offset)
 
     @property
     def num_bags(self) -> int:
@@ -381,31 +381,3 @@ def _sum_runs(
 
 def _accumulate(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def _check_offsets(indices: Tensor, offsets: Tensor) -> None:
-    if len(offsets) == 0:
-        return
-    if (start := int(offsets[0])) != 0:
-        raise RuntimeError(f"embedding_bag: expected offsets[0] = 0, got {start}")
-    decreasing = (offsets[1:] < offsets[:-1]).nonzero()
-    if len(decreasing):
-        i = int(decreasing[0])
-        raise RuntimeError(
-            "embedding_bag: expected offsets that never decrease, "
-            f"got offsets[{i}] = {int(offsets[i])}, offsets[{i + 1}] = {int(offsets[i + 1])}"
-        )
-    if (end := int(offsets[-1])) > len(indices):
-        raise RuntimeError(
-            f"embedding_bag: expected offsets within the {len(indices)} indices, got offsets[-1] = {end}"
-        )
-
-
-def _check_indices(indices: Tensor, num_embeddings: int) -> None:
-    invalid = ((indices < 0) | (indices >= num_embeddings)).nonzero()
-    if len(invalid):
-        position = int(invalid[0])
-        raise RuntimeError(
-            f"embedding_bag: expected indices in [0, {num_embeddings}), "
-            f"got indices[{position}] = {int(indices[position])}"
-        )
