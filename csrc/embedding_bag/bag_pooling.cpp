@@ -8,8 +8,7 @@ namespace {
 
 using namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL;
 
-constexpr int64_t prefetch_ahead = 16;  // entries
-constexpr int64_t strip = 32;           // bags that are pooled block by block
+constexpr int64_t strip = 32;  // bags that are pooled block by block
 
 // Rows that begin at cache lines, rows that do not, and rows whose elements are apart.
 enum class Layout { aligned, unaligned, strided };

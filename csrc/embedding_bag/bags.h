@@ -9,6 +9,8 @@
 
 namespace recsys_ops::embedding_bag {
 
+constexpr int64_t prefetch_ahead = 16;  // entries between the one that is read and the one that is fetched
+
 struct Table {
   DType dtype;
   const void* data;

@@ -226,7 +226,7 @@ void WeightGradient::write(int64_t* rows, void* to) const {
         const int64_t first = begin + piece * longest_run;
         pooling.sum(gradient, entries, first, std::min(first + longest_run, end), sums.get() + piece * dim);
       });
-      const A scale = gradient.scale_grad_by_freq ? A{1} / static_cast<A>(end - begin) : A{1};
+      const A scale = gradient.scale<A>(end - begin);
       T* row = out + (rows ? run : entries.row(begin)) * dim;
       for (int64_t d = 0; d < dim; ++d) {
         A total = sums[d];

@@ -8,8 +8,6 @@ namespace {
 
 using namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL;
 
-constexpr int64_t prefetch_ahead = 16;  // entries
-
 enum class Terms { plain, weighted, where };
 
 // Sums the entries [begin, end), and writes the sum, scaled, to out.
@@ -76,7 +74,7 @@ bool write_runs_of(
       all = false;
       continue;
     }
-    const A scale = gradient.scale_grad_by_freq ? A{1} / static_cast<A>(end - begin) : A{1};
+    const A scale = gradient.scale<A>(end - begin);
     T* to = out + (rows ? run : row) * gradient.dim;
     for_each_block<full_lanes<A>, 8>(
         gradient.dim, SumBlock<T, TERMS, T>{gradient, entries, begin, end, prefetch_end, scale, to});

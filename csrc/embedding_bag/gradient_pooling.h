@@ -15,6 +15,12 @@ struct Gradient {
   const int32_t* argmax;           // [B, D] or null
   bool mean;
   bool scale_grad_by_freq;
+
+  // What the sum of so many entries of a row is multiplied by.
+  template <class A>
+  RECSYS_OPS_INLINE A scale(int64_t entries) const {
+    return scale_grad_by_freq ? A{1} / static_cast<A>(entries) : A{1};
+  }
 };
 
 // The entries of all bags, sorted by row. The entries of one row are a run.
