@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from recsys_ops.embedding_bag.reference import check_offsets, check_values
+from recsys_ops.embedding_bag.reference import check_values
 from recsys_ops.triton_kernels import embedding_bag_kernels as kernels
 
 LANES = 64 if torch.version.hip else 32
@@ -232,10 +232,9 @@ class _Bags:
 
     def __post_init__(self) -> None:
         if self.indices.is_cpu:
-            if self.drop_invalid:
-                check_offsets(self.indices, self.offsets)
-            else:
-                check_values(self.indices, self.offsets, self.num_embeddings, self.include_last_offset)
+            check_values(
+                self.indices, self.offsets, self.num_embeddings, self.include_last_offset, self.drop_invalid
+            )
 
     @property
     def num_bags(self) -> int:

@@ -254,13 +254,11 @@ def _renormalize(
     drop_invalid: bool,
 ) -> None:
     """Scale the rows looked up down to ``max_norm``, in place, once all values are known to be good."""
+    reference.check_values(input, offsets, weight.shape[0], include_last_offset, drop_invalid)
     if drop_invalid:
-        reference.check_offsets(input, offsets)
         input = input[(input >= 0) & (input < weight.shape[0])]
-    else:
-        reference.check_values(input, offsets, weight.shape[0], include_last_offset)
-        if include_last_offset:
-            input = input[: int(offsets[-1])]
+    elif include_last_offset:
+        input = input[: int(offsets[-1])]
     torch.embedding_renorm_(weight, input, max_norm, norm_type)
 
 

@@ -141,12 +141,16 @@ def embedding_bag_backward_per_sample_weights(
     return grad.to(weight.dtype)
 
 
-def check_values(indices: Tensor, offsets: Tensor, num_embeddings: int, include_last_offset: bool) -> None:
-    """Raise RuntimeError for offsets that do not describe bags of ``indices``, or an index outside the table.
+def check_values(
+    indices: Tensor, offsets: Tensor, num_embeddings: int, include_last_offset: bool, drop_invalid: bool
+) -> None:
+    """Raise RuntimeError for offsets that do not describe bags of ``indices``, or an index that is refused.
 
     Reads the values, so on a GPU it waits for them.
     """
-    check_offsets(indices, offsets)
+    _check_offsets(indices, offsets)
+    if drop_invalid:
+        return
     used = indices[: int(offsets[-1])] if include_last_offset else indices
     if len(offsets) == include_last_offset:
         used = indices[:0]
@@ -159,7 +163,7 @@ def check_values(indices: Tensor, offsets: Tensor, num_embeddings: int, include_
         )
 
 
-def check_offsets(indices: Tensor, offsets: Tensor) -> None:
+def _check_offsets(indices: Tensor, offsets: Tensor) -> None:
     """Raise RuntimeError unless offsets start at 0, never decrease and end within ``indices``."""
     if len(offsets) == 0:
         return
@@ -199,10 +203,7 @@ def _live_entries(
     include_last_offset: bool,
     drop_invalid: bool,
 ) -> _Live:
-    if drop_invalid:
-        check_offsets(indices, offsets)
-    else:
-        check_values(indices, offsets, num_embeddings, include_last_offset)
+    check_values(indices, offsets, num_embeddings, include_last_offset, drop_invalid)
     num_bags = len(offsets) - include_last_offset
     positions = torch.arange(len(indices), device=indices.device)
     bags = torch.searchsorted(offsets.long(), positions, right=True) - 1
