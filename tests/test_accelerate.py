@@ -31,18 +31,6 @@ class Registered(nn.EmbeddingBag):
         raise AssertionError("must not be subclassed")
 
 
-@pytest.fixture
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
-@pytest.fixture
-def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 20, (16, 5), generator=generator), torch.rand(16, 5, generator=generator)
-
-
 def test_swap_changes_nothing_but_the_class(model: Model, inputs: tuple[Tensor, Tensor]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     held = [model.genres, model.history]

@@ -20,18 +20,6 @@ from recsys_ops.embedding_bag import modules as bag_modules
 from recsys_ops.timing import Ratio
 
 
-@pytest.fixture
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model()
-
-
-@pytest.fixture
-def inputs() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 20, (16, 5), generator=generator), torch.rand(16, 5, generator=generator)
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
