@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 
 import torch
@@ -10,7 +12,7 @@ import torch
 from recsys_ops.backends import BACKENDS, operators
 from recsys_ops.testing.contract import OperatorSpec
 from recsys_ops.testing.execution import Target
-from recsys_ops.testing.registry import CHECKS, Subject
+from recsys_ops.testing.registry import CHECKS, HERE, Subject
 from recsys_ops.testing.verify import spec_of
 
 
@@ -25,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--simd", help="instruction set of the native backend")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(HERE, action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -35,7 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(f"argument case: {error}")
     target = Target(options.backend, options.device, options.simd)
-    result = CHECKS[options.check](spec, subject, target, dtype, options.seed)
+    check = CHECKS[options.check]
+    if options.here:
+        print(json.dumps(check.fault(spec, subject, target, dtype, options.seed)), flush=True)
+        # Whatever still holds memory of a GPU that a kernel's assertion has made useless fails to free it.
+        os._exit(0)
+    result = check(spec, subject, target, dtype, options.seed)
     print(result)
     return 0 if result.ok else 1
 

@@ -17,6 +17,7 @@ from recsys_ops import _extension
 from recsys_ops.backends import BACKENDS, Call, Implementation, Operator
 from recsys_ops.testing.contract import Case, OperatorSpec
 from recsys_ops.testing.inputs import Inputs
+from recsys_ops.testing.poison import deterministic_algorithms
 from recsys_ops.testing.tolerances import compare
 
 Results = dict[str, Tensor]
@@ -31,9 +32,7 @@ class Target:
     simd: str | None = None
 
     def __str__(self) -> str:
-        return "/".join(
-            filter(None, (self.backend, self.simd, self.device if self.device != "cpu" else None))
-        )
+        return "/".join(filter(None, (self.backend, self.simd, None if self.on_cpu else self.device)))
 
     @property
     def interpreted(self) -> bool:
@@ -44,9 +43,22 @@ class Target:
         """The highest rung of evidence that a check on this target gives."""
         return "interpreted" if self.interpreted else f"run on {self.device}"
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.device == "cpu"
+
     def active(self) -> contextlib.AbstractContextManager[Any]:
         """A block in which the target's instruction set is in use."""
-        return _extension.use_simd_level(self.simd) if self.simd else contextlib.nullcontext()
+        if self.simd:
+            return _extension.use_simd_level(self.simd)
+        # On a GPU, eager PyTorch adds in whatever order its atomics come, unless told not to.
+        eager_on_gpu = self.backend == "reference" and not self.on_cpu
+        return deterministic_algorithms() if eager_on_gpu else contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        """Wait for the device: what went wrong in a kernel is raised here."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def targets(operator: Operator) -> tuple[list[Target], dict[str, str]]:
@@ -61,7 +73,7 @@ def targets(operator: Operator) -> tuple[list[Target], dict[str, str]]:
             levels = _extension.simd_levels() if backend == "native" else [None]
             found += [Target(backend, device, level) for level in levels]
         if all(reasons.values()):
-            absent[backend] = str(reasons["cpu"])
+            absent[backend] = str(reasons[devices[0]])
     return found, absent
 
 

@@ -60,6 +60,18 @@ class Guard:
 
 
 @contextlib.contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    """Let PyTorch use its deterministic algorithms inside the block, where it has them."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@contextlib.contextmanager
 def poisoned_memory() -> Iterator[list[str]]:
     """Make every uninitialised tensor hold NaN (integers: their largest number) inside the block.
 
@@ -77,8 +89,6 @@ def poisoned_memory() -> Iterator[list[str]]:
     """
     violations: list[str] = []
     guards: list[Guard] = []
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic
     fill = settings.fill_uninitialized_memory
 
@@ -92,10 +102,10 @@ def poisoned_memory() -> Iterator[list[str]]:
 
         return allocate_guarded
 
-    torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
     try:
         with (
+            deterministic_algorithms(),
             mock.patch.object(torch, "empty", guarding(torch.empty)),
             mock.patch.object(torch, "empty_like", guarding(torch.empty_like)),
             mock.patch.object(Tensor, "new_empty", guarding(Tensor.new_empty)),
@@ -103,7 +113,6 @@ def poisoned_memory() -> Iterator[list[str]]:
             yield violations
     finally:
         settings.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     for guard in guards:
         if violation := guard.violation(may_change=True):
             violations.append(f"a fresh tensor of shape {list(guard.tensor.shape)} is {violation}")

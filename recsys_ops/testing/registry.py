@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -41,6 +45,10 @@ class Result:
 Subjects = Callable[[OperatorSpec, bool], Sequence[Any]]
 DTypes = Callable[[OperatorSpec, bool], Sequence[torch.dtype]]
 Body = Callable[[OperatorSpec, Any, Target, torch.dtype, int], None]
+Apart = Callable[[Any, Target], bool]
+
+HERE = "--here"  # what tells the process that a check has started for itself from all others
+_APART_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Check:
         subjects: of a spec; with True, the few that interpreted kernels can bear.
         dtypes: of the inputs, likewise.
         every_simd: whether it runs on every instruction set of native kernels, or on the best.
-        only_reference: whether it runs on the reference alone.
+        only_reference: whether it runs on the reference alone, on the CPU.
+        apart: whether it takes a process of its own to run it on a subject by a target.
     """
 
     name: str
@@ -62,6 +71,7 @@ class Check:
     dtypes: DTypes
     every_simd: bool
     only_reference: bool
+    apart: Apart
 
     def __call__(
         self,
@@ -71,16 +81,26 @@ class Check:
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> Result:
-        detail = ""
+        line = _reproduce(spec, self.name, subject, target, dtype, seed)
+        if self.apart(subject, target):
+            fault = _fault_apart(line)
+        else:
+            fault = self.fault(spec, subject, target, dtype, seed)
+        return Result(self.name, subject.name, str(target), dtype_name(dtype), not fault, fault, line)
+
+    def fault(
+        self, spec: OperatorSpec, subject: Subject, target: Target, dtype: torch.dtype, seed: int
+    ) -> str:
+        """What the check finds wrong when this process runs it, or nothing."""
         try:
             with target.active():
                 self.body(spec, subject, target, dtype, seed)
+                target.synchronize()
         except AssertionError as error:
-            detail = str(error) or "an assertion failed"
+            return str(error) or "an assertion failed"
         except Exception as error:
-            detail = f"{type(error).__name__}: {error}"
-        line = _reproduce(spec, self.name, subject, target, dtype, seed)
-        return Result(self.name, subject.name, str(target), dtype_name(dtype), not detail, detail, line)
+            return f"{type(error).__name__}: {error}"
+        return ""
 
 
 CHECKS: dict[str, Check] = {}
@@ -95,13 +115,17 @@ def all_dtypes(spec: OperatorSpec, quick: bool) -> tuple[torch.dtype, ...]:
 
 
 def check(
-    subjects: Subjects, dtypes: DTypes = first_dtype, every_simd: bool = False, only_reference: bool = False
+    subjects: Subjects,
+    dtypes: DTypes = first_dtype,
+    every_simd: bool = False,
+    only_reference: bool = False,
+    apart: Apart = lambda subject, target: False,
 ) -> Callable[[Body], Check]:
     """Register a function as a check; the arguments are those of ``Check``."""
 
     def register(body: Body) -> Check:
         name = body.__name__.removeprefix("check_")
-        CHECKS[name] = Check(name, body, subjects, dtypes, every_simd, only_reference)
+        CHECKS[name] = Check(name, body, subjects, dtypes, every_simd, only_reference, apart)
         return CHECKS[name]
 
     return register
@@ -119,6 +143,11 @@ class Example:
 
     def __str__(self) -> str:
         return f"{self.check.name}-{self.subject.name}-{dtype_name(self.dtype)}-{self.target}"
+
+    @property
+    def apart(self) -> bool:
+        """Whether it runs in a process of its own, so that others can run at the same time."""
+        return self.check.apart(self.subject, self.target)
 
     def run(self, seed: int = 0) -> Result:
         return self.check(self.spec, self.subject, self.target, self.dtype, seed)
@@ -143,7 +172,7 @@ def examples(spec: OperatorSpec, targets: Sequence[Target], quick: bool = False)
 def _serving(check: Check, targets: Sequence[Target]) -> Iterator[Target]:
     served = set()
     for target in targets:
-        if target.backend != "reference" and check.only_reference:
+        if check.only_reference and (target.backend != "reference" or not target.on_cpu):
             continue
         if (target.backend, target.device) not in served or check.every_simd:
             yield target
@@ -174,9 +203,26 @@ def _reproduce(
     words = ["python -m recsys_ops.testing", spec.name, check, _quoted(subject.name)]
     words += ["--backend", target.backend, "--dtype", dtype_name(dtype)]
     words += ["--simd", target.simd] if target.simd else []
-    words += ["--device", target.device] if target.device != "cpu" else []
+    words += [] if target.on_cpu else ["--device", target.device]
     words += ["--seed", str(seed)] if seed else []
     return ("TRITON_INTERPRET=1 " if target.interpreted else "") + " ".join(words)
+
+
+def _fault_apart(line: str) -> str:
+    """What a process finds that runs a line which reproduces a result, or nothing."""
+    # Without the cache, freeing memory fails once a kernel has failed, and ends the process.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTORCH_NO_CUDA_MEMORY_CACHING"}
+    command = [sys.executable, *shlex.split(line.partition("python ")[2]), HERE]
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=_APART_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"the process that ran it did not end within {_APART_SECONDS} s"
+    if done.returncode:
+        last_words = (done.stderr.strip().splitlines() or [""])[-1]
+        return f"the process that ran it ended with status {done.returncode}: {last_words}"
+    return str(json.loads(done.stdout.splitlines()[-1]))
 
 
 def _quoted(name: str) -> str:

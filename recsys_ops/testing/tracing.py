@@ -77,7 +77,7 @@ def check_autocast(spec: OperatorSpec, case: Case, target: Target, dtype: torch.
     problem = pose(spec, case, dtype, target.device, seed)
     by_hand = problem.to(low) if spec.casts_under_autocast else problem.copy()
     wanted = evaluate(spec.function, by_hand, target.backend)
-    with torch.autocast(target.device, dtype=low):
+    with torch.autocast(torch.device(target.device).type, dtype=low):
         found = evaluate(spec.function, problem.copy(), target.backend)
         for name in problem.differentiable[1:]:
             mixed = problem.copy()

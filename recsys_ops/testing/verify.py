@@ -9,6 +9,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Progress = Callable[[int, int, Result], None]
+
+_APART_AT_ONCE = 4
 
 
 @dataclass
@@ -132,12 +135,15 @@ def verify(
         ValueError: verify: expected op to be one of [...], got 'no such operator'
     """
     report, plan = _plan(op, backend, quick)
+    pool = ThreadPoolExecutor(_APART_AT_ONCE)
+    apart = {example: pool.submit(example.run) for example in plan if example.apart}
     with contextlib.suppress(KeyboardInterrupt):
         for done, example in enumerate(plan, start=1):
-            result = example.run()
+            result = apart[example].result() if example.apart else example.run()
             report.results.append((example.spec.name, result))
             if progress:
                 progress(done, report.total, result)
+    pool.shutdown(wait=False, cancel_futures=True)
     return report
 
 

@@ -114,29 +114,34 @@ def test_many_drawn_calls(case: EmbeddingBagCase, dtype: torch.dtype, seed: int)
     check_drawn(case, dtype, seed)
 
 
+def untouched_zeros(rows: int, dim: int, device: str) -> torch.Tensor:
+    """A table in fp16; on a CPU it takes memory only where it is written to."""
+    if device == "cpu":
+        return torch.from_numpy(np.zeros((rows, dim), np.float16))
+    return torch.zeros(rows, dim, dtype=torch.float16, device=device)
+
+
 @pytest.mark.parametrize("target", COMPILED, ids=str)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_table_of_more_than_2_to_the_31_elements(target: Target, mode: str) -> None:
     rows, dim = 2**24 + 3, 128
-    weight = torch.from_numpy(np.zeros((rows, dim), np.float16))  # takes memory only where it is written to
-    last = torch.tensor([rows - 1, rows - 2, rows - 1])
+    weight = untouched_zeros(rows, dim, target.device)
+    last = torch.tensor([rows - 1, rows - 2, rows - 1], device=target.device)
+    offsets = torch.tensor([0, 1], device=target.device)
     weight[rows - 2 :] = torch.tensor([[1.0], [3.0]])
     with target.active():
-        output = recsys_ops.embedding_bag(
-            last, weight, torch.tensor([0, 1]), mode=mode, backend=target.backend
-        )
+        output = recsys_ops.embedding_bag(last, weight, offsets, mode=mode, backend=target.backend)
     assert output[:, -1].tolist() == {"sum": [3, 4], "mean": [3, 2], "max": [3, 3]}[mode]
 
 
 @pytest.mark.parametrize("target", COMPILED, ids=str)
 def test_sparse_gradient_of_more_than_2_to_the_31_elements(target: Target) -> None:
     rows, dim = 2**24 + 3, 128
-    weight = torch.from_numpy(np.zeros((rows, dim), np.float16)).requires_grad_()
-    ids = torch.tensor([rows - 1, 5, rows - 1])
+    weight = untouched_zeros(rows, dim, target.device).requires_grad_()
+    ids = torch.tensor([rows - 1, 5, rows - 1], device=target.device)
+    offsets = torch.tensor([0, 1], device=target.device)
     with target.active():
-        bags = recsys_ops.embedding_bag(
-            ids, weight, torch.tensor([0, 1]), mode="sum", sparse=True, backend=target.backend
-        )
+        bags = recsys_ops.embedding_bag(ids, weight, offsets, mode="sum", sparse=True, backend=target.backend)
         bags.sum().backward()
     assert weight.grad is not None
     assert weight.grad.is_coalesced()
