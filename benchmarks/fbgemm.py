@@ -1,4 +1,4 @@
-"""FBGEMM's table-batched embeddings on the CPU, with one table, as a peer."""
+"""FBGEMM's table-batched embeddings, with one table, as a peer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 from recsys_ops.benchmarks.registry import Unsupported
 
 
-def missing() -> str | None:
-    """Why FBGEMM cannot be measured here, or None."""
+def missing(device: str) -> str | None:
+    """Why FBGEMM cannot be measured here on a device, "cpu" or "cuda", or None."""
     if importlib.util.find_spec("fbgemm_gpu") is None:
         return "fbgemm_gpu is not installed: pip install 'recsys-ops[peers]'"
     try:
         _module("split_table_batched_embeddings_ops_training")
     except Exception as error:
         return f"fbgemm_gpu does not import: {error}".splitlines()[0]
+    if device == "cuda" and getattr(importlib.import_module("fbgemm_gpu"), "__variant__", None) == "cpu":
+        return "the fbgemm_gpu that is installed has no kernels for GPUs"
     return None
 
 
@@ -29,13 +31,16 @@ def pooled_lookup(table: Tensor, mode: str) -> Callable[[Tensor, Tensor, Tensor 
     tbe = _module("split_table_batched_embeddings_ops_training")
     common = _module("split_table_batched_embeddings_ops_common")
     precision = _precision(table.dtype)
+    on_cpu = table.device.type == "cpu"
+    location = common.EmbeddingLocation.HOST if on_cpu else common.EmbeddingLocation.DEVICE
+    compute = tbe.ComputeDevice.CPU if on_cpu else tbe.ComputeDevice.CUDA
     module = tbe.SplitTableBatchedEmbeddingBagsCodegen(
-        [(*table.shape, common.EmbeddingLocation.HOST, tbe.ComputeDevice.CPU)],
+        [(*table.shape, location, compute)],
         pooling_mode=_pooling(mode),
         weights_precision=precision,
         output_dtype=precision,
         bounds_check_mode=common.BoundsCheckMode.NONE,
-        device=torch.device("cpu"),
+        device=table.device,
     )
     module.split_embedding_weights()[0].copy_(table)
     return module
@@ -52,7 +57,7 @@ def pooled_step(table: Tensor, mode: str) -> Callable[[Tensor, Tensor, Tensor], 
         [tuple(table.shape)],
         weights_precision=_precision(table.dtype),
         pooling_mode=_pooling(mode),
-        use_cpu=True,
+        use_cpu=table.device.type == "cpu",
     )
     weights = module.weights
     weights.data.copy_(table.flatten())

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import platform
 import re
+import subprocess
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from recsys_ops import __version__, _extension, doctor
 _UNKNOWN_CACHE_BYTES = 32 * 2**20
 
 
-def describe_machine() -> dict[str, Any]:
-    """The processor, its cores, threads, caches, SIMD levels and memory, in words and numbers."""
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """The processor, its cores, threads, caches, SIMD levels and memory, and the GPU where it is that."""
+    gpu = {"gpu": describe_gpu()} if device == "cuda" else {}
     return {
+        **gpu,
         "cpu": doctor.cpu_model(),
         "system": f"{platform.system()} {platform.machine()}",
         "cores": doctor.cores(),
@@ -31,25 +34,57 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def describe_gpu() -> dict[str, Any]:
+    """The current GPU in words and numbers."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "name": properties.name,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "L2": f"{properties.L2_cache_size / 2**20:.0f} MiB",
+        "memory": f"{properties.total_memory / 2**30:.1f} GiB",
+    }
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver, or None where nvidia-smi does not tell."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(said.split()), None)
+
+
 def versions() -> dict[str, str | None]:
     """Of Python and of what is compared; None for what is absent."""
-    found: dict[str, str | None] = {
+    return {
         "python": platform.python_version(),
         "recsys_ops": __version__,
         "torch": torch.__version__,
-        "fbgemm": None,
+        "cuda": torch.version.cuda,
+        "triton": _installed("triton"),
+        "fbgemm": _installed("fbgemm-gpu-cpu") or _installed("fbgemm-gpu"),
     }
-    for package in ("fbgemm-gpu-cpu", "fbgemm-gpu"):
-        try:
-            found["fbgemm"] = found["fbgemm"] or importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 @functools.cache
-def cache_bytes() -> tuple[int, int]:
+def cache_bytes(device: str = "cpu") -> tuple[int, int]:
     """Size of the second-level and of the last-level cache; a guess where the system is silent."""
+    if device == "cuda":
+        second = _UNKNOWN_CACHE_BYTES
+        if torch.cuda.is_available():
+            second = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        return second, second
     sizes = {name: size for name, size in map(_named_size, doctor.caches()) if size}
     last = max(sizes.values(), default=_UNKNOWN_CACHE_BYTES)
     return sizes.get("L2", last // 16), last

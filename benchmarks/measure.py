@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -17,9 +16,10 @@ import torch
 from recsys_ops.benchmarks.ceilings import Ceilings
 from recsys_ops.benchmarks.registry import Candidate, Inputs, Run, Suite, Unsupported, Workload
 from recsys_ops.embedding_bag.cost import Cost
-from recsys_ops.timing import Ratio, speedup, time_interleaved
+from recsys_ops.timing import HOST_CLOCK, Clock, Ratio, seconds_per_call, speedup, time_interleaved
 
 CHECKED_BATCHES = 2
+HOST_CLOCKS: Mapping[str, Clock] = {"device": HOST_CLOCK, "host": HOST_CLOCK}
 _MOST_ROUNDS = 40
 _LONGEST_REASON = 160
 
@@ -76,18 +76,23 @@ def measure(
     ceilings: Ceilings,
     budget: Budget,
     flush: Callable[[], Any],
+    clocks: Mapping[str, Clock] = HOST_CLOCKS,
 ) -> list[Row]:
-    """Check and time every candidate of a suite on one workload: a row for each, ours first."""
+    """Check and time every candidate of a suite on one workload: a row for each, ours first.
+
+    ``clocks`` tells by what to time workloads that are about the time of the device, or of the host.
+    """
     inputs = workload.inputs()
     ours = suite.candidates[0]
+    clock = clocks[workload.timed]
     with _quiet(), torch.set_grad_enabled(workload.pass_ == "step"):
         outcomes = [
-            _prepare(candidate, workload, inputs, candidate is ours)
+            _prepare(candidate, workload, inputs, candidate is ours, clock)
             for candidate in suite.candidates
             if candidate.applies(workload)
         ]
         entries = [outcome for outcome in outcomes if isinstance(outcome, _Entry)]
-        samples = _time(entries, inputs, budget, flush if workload.flushed else None)
+        samples = _time(entries, inputs, budget, flush if workload.flushed else None, clock)
 
     def row(outcome: Row | _Entry) -> Row:
         if isinstance(outcome, Row):
@@ -105,7 +110,9 @@ def measure(
     return [row(outcome) for outcome in outcomes]
 
 
-def _prepare(candidate: Candidate, workload: Workload, inputs: Inputs, ours: bool) -> _Entry | Row:
+def _prepare(
+    candidate: Candidate, workload: Workload, inputs: Inputs, ours: bool, clock: Clock
+) -> _Entry | Row:
     """The candidate ready to be timed, or the row that says why it is not."""
     reason = candidate.available()
     if reason is not None:
@@ -124,20 +131,19 @@ def _prepare(candidate: Candidate, workload: Workload, inputs: Inputs, ours: boo
         wrong = check(batch, result)
         if wrong is not None:
             return _row(workload, candidate, "failed", wrong)
-    start = time.perf_counter()
-    run(inputs.batches[0])
-    return _Entry(candidate, variant, run, time.perf_counter() - start)
+    return _Entry(candidate, variant, run, seconds_per_call(lambda: run(inputs.batches[0]), clock=clock))
 
 
 def _time(
-    entries: list[_Entry], inputs: Inputs, budget: Budget, before_each: Callable[[], Any] | None
+    entries: list[_Entry],
+    inputs: Inputs,
+    budget: Budget,
+    before_each: Callable[[], Any] | None,
+    clock: Clock,
 ) -> dict[str, np.ndarray]:
     if not entries:
         return {}
-    start = time.perf_counter()
-    if before_each:
-        before_each()
-    between = time.perf_counter() - start
+    between = seconds_per_call(before_each, clock=clock) if before_each else 0.0
     turns = sum(between + e.seconds if before_each else max(budget.round_seconds, e.seconds) for e in entries)
     rounds = int(np.clip(budget.seconds / turns, budget.fewest_rounds, _MOST_ROUNDS))
     return time_interleaved(
@@ -145,6 +151,7 @@ def _time(
         rounds=rounds,
         round_seconds=budget.round_seconds,
         before_each=before_each,
+        clock=clock,
     )
 
 

@@ -179,6 +179,7 @@ def _group(row: Row) -> str:
 def _conditions(results: Results) -> str:
     facts: list[tuple[str, Any]] = [
         ("date", results.date),
+        ("device", results.device),
         ("workloads", "quick selection" if results.quick else "all"),
         *((f"recsys_ops {name} served by", backend) for name, backend in results.operators.items()),
         *((name, _text(value)) for name, value in results.machine.items()),

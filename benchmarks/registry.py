@@ -1,6 +1,6 @@
 """What is measured: workloads of an operator, and the candidates that compute them.
 
-An operator is added with one file, ``suites/<operator>.py``, that holds a ``SUITE``.
+An operator is added with one file, ``suites/<operator>.py``, whose ``suite(device)`` gives its ``Suite``.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Workload:
     cost: Callable[[Any], Cost]  # of one batch
     check: Callable[[Inputs], Check]
     quick: bool = False  # part of a quick run
+    timed: Literal["device", "host"] = "device"  # how long calls take, or how long they keep their caller
 
     @property
     def flushed(self) -> bool:
@@ -67,18 +68,22 @@ class Candidate:
     variant: Callable[[Workload], Workload] = lambda workload: workload
 
 
+OURS = "recsys_ops"  # the candidate that a suite is about
+LIMIT = "the limit"  # stands in a target for a peer that takes the least possible time
+
+
 @dataclass(frozen=True)
 class Target:
-    """The least speedup over a peer that the workloads of a pattern should reach."""
+    """The least speedup over a peer, or share of the limit, that the workloads of a pattern should reach."""
 
     workloads: str  # a glob of names
-    peer: str
+    peer: str  # a candidate's name, or LIMIT
     minimum: float
 
 
 @dataclass(frozen=True)
 class Suite:
-    """An operator's workloads, the candidates with ours first, and the targets."""
+    """An operator's workloads on one device, the candidates with ours first, and the targets."""
 
     operator: str
     workloads: Sequence[Workload]
@@ -88,10 +93,10 @@ class Suite:
 
 
 @functools.cache
-def suites() -> dict[str, Suite]:
-    """Every suite by its operator's name."""
+def suites(device: str = "cpu") -> dict[str, Suite]:
+    """Every suite for a device, "cpu" or "cuda", by its operator's name."""
     folder = importlib.import_module("recsys_ops.benchmarks.suites")
     modules = (
         importlib.import_module(f"{folder.__name__}.{m.name}") for m in pkgutil.iter_modules(folder.__path__)
     )
-    return {module.SUITE.operator: module.SUITE for module in modules}
+    return {suite.operator: suite for suite in (module.suite(device) for module in modules)}

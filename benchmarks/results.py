@@ -28,6 +28,7 @@ VERDICT_HEADERS = ("workload", "against", "at least", "found", "verdict")
 class Results:
     """Everything that one run found, and what it ran on."""
 
+    device: str
     operators: dict[str, str]  # each with the backend that served ours
     date: str  # UTC
     quick: bool
@@ -119,8 +120,10 @@ def format_seconds(seconds: float) -> str:
 
 def ceiling_cells(ceilings: Ceilings) -> list[tuple[str, str]]:
     """What was measured, and how much."""
-    lines = [
-        ("sequential read, one thread", f"{ceilings.read_one_thread / 1e9:.1f} GB/s"),
+    lines = []
+    if ceilings.read_one_thread is not None:
+        lines.append(("sequential read, one thread", f"{ceilings.read_one_thread / 1e9:.1f} GB/s"))
+    lines += [
         ("sequential read, all threads", f"{ceilings.read / 1e9:.1f} GB/s"),
         ("copy, read and written", f"{ceilings.copy / 1e9:.1f} GB/s"),
         ("new blocks of zeros", _by_size(ceilings.zeroed)),
@@ -178,4 +181,4 @@ def _verdicts_table(verdicts: Sequence[Verdict]) -> Table:
 def verdict_cells(verdict: Verdict) -> list[str]:
     """One line of the table of targets."""
     found = str(verdict.ratio or verdict.reason)
-    return [verdict.workload, verdict.peer, f"{verdict.minimum:.1f}x", found, verdict.verdict]
+    return [verdict.workload, verdict.peer, f"{verdict.minimum:g}x", found, verdict.verdict]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +15,17 @@ from rich.console import Console
 from recsys_ops._output import INTERRUPTED, progress_bar, write_atomically
 from recsys_ops.benchmarks.ceilings import measure_ceilings
 from recsys_ops.benchmarks.machine import cache_bytes, describe_machine, versions
-from recsys_ops.benchmarks.measure import Budget, measure
+from recsys_ops.benchmarks.measure import HOST_CLOCKS, Budget, measure
 from recsys_ops.benchmarks.registry import Suite, Workload, suites
 from recsys_ops.benchmarks.results import Results, print_results
 from recsys_ops.benchmarks.targets import judge
+from recsys_ops.timing import Clock, CudaClock, HostClock
 
-_DEFAULT, _QUICK = Budget(seconds=4.0), Budget(seconds=1.0, fewest_rounds=7)
+# By device, of a whole and of a quick run. A GPU is nobody else's, so that its rounds differ little.
+_BUDGETS = {
+    "cpu": (Budget(seconds=4.0), Budget(seconds=1.0, fewest_rounds=7)),
+    "cuda": (Budget(seconds=1.0), Budget(seconds=0.3, fewest_rounds=7)),
+}
 
 
 def run_bench(
@@ -31,6 +36,7 @@ def run_bench(
     quick: bool = False,
     check_targets: bool = False,
     console: Console | None = None,
+    device: str = "cpu",
 ) -> int:
     """Measure operators against this machine's limits and against their peers; prints the result.
 
@@ -41,10 +47,12 @@ def run_bench(
         quick: fewer workloads and shorter timings, about a minute for an operator.
         check_targets: also tell which of the speedups aimed at were reached.
         console: where to print; the standard output by default.
+        device: "cpu" or "cuda", each with workloads of its size.
 
     Returns:
         0; 1 where a candidate gave a wrong result, whose speed is then not told; 2 where ``op`` or
-        ``filter`` matches nothing; 130 after Ctrl-C, with what is finished printed and written.
+        ``filter`` matches nothing or there is no such device; 130 after Ctrl-C, with what is
+        finished printed and written.
 
     Example:
         >>> run_bench("embedding_bag", filter="no such workload")  # doctest: +ELLIPSIS
@@ -52,7 +60,11 @@ def run_bench(
         2
     """
     console = console or Console()
-    known = suites()
+    if device not in ("cpu", "cuda"):
+        return _wrong_usage(f"expected device to be cpu or cuda, got {device!r}", console)
+    if device == "cuda" and not torch.cuda.is_available():
+        return _wrong_usage("expected a GPU that PyTorch can use, found none", console)
+    known = suites(device)
     if op is not None and op not in known:
         return _wrong_usage(f"expected op to be one of {sorted(known)}, got {op!r}", console)
     chosen = [known[op]] if op else list(known.values())
@@ -63,15 +75,16 @@ def run_bench(
             f"expected filter to match a workload, got {filter!r}; there are {names}", console
         )
     results = Results(
+        device=device,
         operators={suite.operator: suite.backend() for suite in chosen},
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         quick=quick,
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        machine=describe_machine(),
+        machine=describe_machine(device),
         versions=versions(),
     )
     try:
-        _measure_all(work, results, _QUICK if quick else _DEFAULT, console)
+        _measure_all(work, results, console)
     except KeyboardInterrupt:
         results.complete = False
     except Exception:
@@ -98,17 +111,39 @@ def _wrong_usage(problem: str, console: Console) -> int:
     return 2
 
 
-def _measure_all(
-    work: Sequence[tuple[Suite, Workload]], results: Results, budget: Budget, console: Console
-) -> None:
-    flushed = torch.zeros(2 * cache_bytes()[1], dtype=torch.uint8)
+def _measure_all(work: Sequence[tuple[Suite, Workload]], results: Results, console: Console) -> None:
+    device, quick = results.device, results.quick
+    budget = _BUDGETS[device][quick]
+    clocks, flush = _clocks(device), _flush(device)
     with _progress(len(work) + 1, console) as start:
         start("limits of this machine")
-        results.ceilings = measure_ceilings(repetitions=3 if results.quick else 6)
+        repetitions = 3 if quick else 6
+        results.ceilings = measure_ceilings(repetitions=repetitions, device=device, clock=clocks["device"])
         for suite, workload in work:
             start(workload.name)
-            results.rows += measure(workload, suite, results.ceilings, budget, lambda: flushed.add_(1))
+            results.rows += measure(workload, suite, results.ceilings, budget, flush, clocks)
     results.complete = True
+
+
+def _clocks(device: str) -> Mapping[str, Clock]:
+    """What tells the time of a device, and of the host that calls it."""
+    if device == "cpu":
+        return HOST_CLOCKS
+    return {"device": CudaClock(torch.cuda), "host": HostClock(torch.cuda.synchronize)}
+
+
+def _flush(device: str) -> Callable[[], object]:
+    """Fills the device's caches with what no workload uses."""
+    block = torch.zeros(2 * cache_bytes(device)[1], dtype=torch.uint8, device=device)
+    if device == "cpu":
+        return lambda: block.add_(1)
+
+    def flush() -> None:
+        # More than once, so that the host comes to launch what is timed before the GPU waits for it.
+        for _ in range(4):
+            block.add_(1)
+
+    return flush
 
 
 @contextmanager

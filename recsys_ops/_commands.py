@@ -194,6 +194,9 @@ def _verify(
 @app.command("bench", epilog="Example: recsys-ops bench embedding_bag --html bench.html")
 def _bench(
     op: Annotated[str | None, typer.Argument(callback=_known_op, help="Only this operator.")] = None,
+    device: Annotated[
+        str, typer.Option(callback=_known_device, help="Where to measure: cpu or cuda.")
+    ] = "cpu",
     html: Annotated[
         str | None,
         typer.Option(metavar="PATH", callback=_in_a_folder, help="Write a report with plots, in one file."),
@@ -203,7 +206,7 @@ def _bench(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer workloads, shorter timings.")] = False,
     check_targets: Annotated[
-        bool, typer.Option("--check-targets", help="Also tell which of the speedups aimed at were reached.")
+        bool, typer.Option("--check-targets", help="Also tell which of the targets aimed at were reached.")
     ] = False,
     json_path: JsonPath = None,
 ) -> None:
@@ -211,7 +214,7 @@ def _bench(
     from recsys_ops.benchmarks import run_bench
 
     with _output(json_path) as (console, json_file):
-        code = run_bench(op, json_file, html, filter_, quick, check_targets, console)
+        code = run_bench(op, json_file, html, filter_, quick, check_targets, console, device)
         for path in (json_path, html) if code != 2 else ():
             if path not in (None, "-"):
                 console.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)

@@ -159,10 +159,14 @@ def test_a_wrong_variable_is_wrong_usage(
             {"op": "embedding_bag", "backend": "reference", "quick": True, "json_path": None},
         ),
         (
-            ["bench", "embedding_bag", "--filter", "serve/*", "--check-targets", "--html", "bench.html"],
+            [
+                *("bench", "embedding_bag", "--device", "cuda:0", "--filter", "serve/*"),
+                *("--check-targets", "--html", "bench.html"),
+            ],
             "recsys_ops.benchmarks.run_bench",
             {
                 "op": "embedding_bag",
+                "device": "cuda",
                 "html_path": "bench.html",
                 "filter": "serve/*",
                 "quick": False,

@@ -14,7 +14,18 @@ from torch import Tensor
 from recsys_ops.backends import Call
 from recsys_ops.benchmarks import fbgemm
 from recsys_ops.benchmarks.machine import cache_bytes
-from recsys_ops.benchmarks.registry import Candidate, Check, Inputs, Run, Suite, Target, Unsupported, Workload
+from recsys_ops.benchmarks.registry import (
+    LIMIT,
+    OURS,
+    Candidate,
+    Check,
+    Inputs,
+    Run,
+    Suite,
+    Target,
+    Unsupported,
+    Workload,
+)
 from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
 from recsys_ops.embedding_bag.cost import Cost, backward_cost, forward_cost
 from recsys_ops.testing.tolerances import compare
@@ -32,7 +43,7 @@ class Case:
     bags: int = 2048
     lengths: tuple[int, int] = (1, 39)  # shortest and longest bag
     rows: int = 1_000_000
-    ids: Literal["zipf", "uniform"] = "zipf"
+    ids: Literal["zipf", "uniform", "equal"] = "zipf"
     dtype: torch.dtype = torch.float32
     mode: str = "sum"
     weighted: bool = False
@@ -40,6 +51,7 @@ class Case:
     matrix: bool = False  # ids [B, L] instead of ids [N] with offsets
     gradient: Literal["sparse", "dense"] | None = None
     weights_gradient: bool = False
+    device: str = "cpu"
 
 
 class Batch(NamedTuple):
@@ -59,19 +71,21 @@ def make_workload(
     case: Case,
     rows_from: Literal["memory", "last-level cache", "cache"] = "cache",
     quick: bool = False,
+    timed: Literal["device", "host"] = "device",
 ) -> Workload:
     """The workload of a case; see ``Workload`` for the arguments."""
     return Workload(
         name=name,
         operator="embedding_bag",
         pass_="step" if case.gradient else "forward",
-        conditions=_conditions(case, rows_from),
+        conditions=_conditions(case, rows_from) + (", time of the host" if timed == "host" else ""),
         rows_from=rows_from,
         case=case,
         inputs=functools.partial(_inputs, case),
         cost=functools.partial(_cost, case),
         check=functools.partial(_check, case),
         quick=quick,
+        timed=timed,
     )
 
 
@@ -82,7 +96,7 @@ def _conditions(case: Case, rows_from: str) -> str:
         case.mode,
         str(case.dtype).removeprefix("torch."),
         f"B {case.bags}, L {lengths}, table {case.rows:,} x {case.dim}",
-        f"Zipf({_ZIPF_EXPONENT}) ids" if case.ids == "zipf" else "uniform ids",
+        f"Zipf({_ZIPF_EXPONENT}) ids" if case.ids == "zipf" else f"{case.ids} ids",
     ]
     parts += ["per-sample weights"] * case.weighted + [f"{_PADDED:.0%} of the ids padding"] * case.padded
     parts += ["ids as a matrix"] * case.matrix
@@ -97,7 +111,7 @@ def _inputs(case: Case) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def uniform(*shape: int) -> Tensor:
-        return torch.empty(shape).uniform_(-1, 1, generator=generator).to(case.dtype)
+        return torch.empty(shape).uniform_(-1, 1, generator=generator).to(case.device, case.dtype)
 
     draw = _ids_from(case, generator)
     padding_idx = case.rows // 2 if case.padded else None
@@ -113,17 +127,28 @@ def _inputs(case: Case) -> Inputs:
             ids = draw(int(offsets[-1]))
         if padding_idx is not None:
             ids[torch.rand(ids.shape, generator=generator) < _PADDED] = padding_idx
+        ids, offsets = ids.to(case.device), None if offsets is None else offsets.to(case.device)
         weights = uniform(*ids.shape) if case.weighted else None
         return Batch(ids, offsets, weights, uniform(case.bags, case.dim) if case.gradient else None)
 
     in_batch = case.bags * (case.lengths[1] if case.matrix else sum(case.lengths) // 2)
     count = max(4, min(64, _IDS_IN_POOL // max(in_batch, 1)))
-    return Inputs(Table(uniform(case.rows, case.dim), padding_idx), [batch() for _ in range(count)])
+    weight = _weight(case.rows, case.dim, case.dtype, case.device)
+    return Inputs(Table(weight, padding_idx), [batch() for _ in range(count)])
+
+
+@functools.lru_cache(maxsize=1)
+def _weight(rows: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
+    """The rows of a table; kept, because successive workloads often have the same."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.empty(rows, dim).uniform_(-1, 1, generator=generator).to(device, dtype)
 
 
 def _ids_from(case: Case, generator: torch.Generator) -> Callable[[int], Tensor]:
     if case.ids == "uniform":
         return lambda count: torch.randint(case.rows, (count,), generator=generator)
+    if case.ids == "equal":
+        return lambda count: torch.full((count,), case.rows // 3)
     ranks = torch.arange(1, case.rows + 1, dtype=torch.float64)
     cumulated = ranks.pow(-_ZIPF_EXPONENT).cumsum(0)
     row_of_rank = torch.randperm(case.rows, generator=generator)
@@ -199,7 +224,8 @@ def _gradient_of_rows(gradient: Tensor | None, rows: Tensor, sparse: bool) -> Te
     if gradient is None or gradient.is_sparse != sparse:
         return f"gradient of the table: expected {'a sparse' if sparse else 'a dense'} one"
     if sparse:
-        gradient = gradient.coalesce()
+        if not gradient.is_coalesced():  # in fp64, because the candidate has not added its terms yet
+            gradient = gradient.double().coalesce().to(gradient.dtype)
         if not torch.equal(gradient.indices()[0], rows):
             return "gradient of the table: expected the rows that the batch names, each once"
         return gradient.values()
@@ -245,9 +271,10 @@ def _runner(function: Callable[..., Tensor], case: Case, table: Table, coalesce:
     return step
 
 
-def _prepare_ours(workload: Workload, inputs: Inputs) -> Run:
+def _prepare_ours(workload: Workload, inputs: Inputs, backend: str | None = None) -> Run:
     table: Table = inputs.state
-    return _runner(embedding_bag, workload.case, table._replace(weight=table.weight.to(workload.case.dtype)))
+    function = embedding_bag if backend is None else functools.partial(embedding_bag, backend=backend)
+    return _runner(function, workload.case, table._replace(weight=table.weight.to(workload.case.dtype)))
 
 
 def _prepare_torch(workload: Workload, inputs: Inputs, coalesce: bool = False, compiled: bool = False) -> Run:
@@ -291,7 +318,7 @@ def _as_sum(workload: Workload) -> Workload:
     return make_workload(workload.name, replace(workload.case, mode="sum"), workload.rows_from)
 
 
-def _workloads() -> list[Workload]:
+def _cpu_workloads() -> list[Workload]:
     serve = functools.partial(Case, lengths=(1, 20))
     llc = cache_bytes()[1]
 
@@ -344,14 +371,125 @@ def _workloads() -> list[Workload]:
     ]
 
 
+def _gpu_workloads() -> list[Workload]:
+    """Tables of several times the second-level cache, small calls, and what is special."""
+    second = cache_bytes("cuda")[0]
+    half, brain = torch.float16, torch.bfloat16
+
+    def cold(name: str, dim: int, bags: int = 2**16, quick: bool = False, **options: Any) -> Workload:
+        row = dim * options.get("dtype", torch.float32).itemsize
+        given = {"rows": max(2**20, 8 * second // row), "ids": "uniform", **options}
+        return make_workload(name, Case(dim, bags, device="cuda", **given), "memory", quick)
+
+    def cached(name: str, dim: int, **options: Any) -> Workload:
+        case = Case(dim, 2**14, rows=second // 4 // (4 * dim), ids="uniform", device="cuda", **options)
+        return make_workload(name, case)
+
+    def launch(name: str, bags: int, quick: bool = False, **options: Any) -> Workload:
+        case = Case(64, bags, lengths=(1, 20), rows=10_000, device="cuda", **options)
+        return make_workload(name, case, quick=quick, timed="host")
+
+    return [
+        launch("launch/B1", 1, quick=True),
+        launch("launch/B64", 64),
+        launch("launch/B64/matrix", 64, matrix=True),
+        launch("launch/step/dense/B64", 64, gradient="dense"),
+        launch("launch/step/sparse/B64", 64, gradient="sparse"),
+        cold("cold/uniform/D64", 64, quick=True),
+        cold("cold/uniform/D64/B2048", 64, 2048),
+        cold("cold/uniform/D64/B16384", 64, 2**14),
+        cold("cold/zipf/D64", 64, ids="zipf", quick=True),
+        cold("cold/weighted/D64", 64, weighted=True),
+        cold("cold/mean/D64", 64, mode="mean"),
+        cold("cold/max/D64", 64, mode="max"),
+        cold("cold/padding/D64", 64, padded=True),
+        cold("cold/matrix/D64", 64, lengths=(20, 20), matrix=True),
+        cold("step/sparse/uniform/D64", 64, gradient="sparse", quick=True),
+        cold("step/sparse/uniform/D64/B2048", 64, 2048, gradient="sparse"),
+        cold("step/sparse/zipf/D64", 64, ids="zipf", gradient="sparse"),
+        cold("step/sparse/weighted/D64", 64, weighted=True, weights_gradient=True, gradient="sparse"),
+        cold("step/sparse/equal/D64", 64, ids="equal", gradient="sparse"),
+        cold("step/dense/uniform/D64", 64, gradient="dense", quick=True),
+        cold("step/dense/zipf/D64", 64, ids="zipf", gradient="dense"),
+        cold("step/dense/mean/D64", 64, mode="mean", gradient="dense"),
+        cold("step/dense/max/D64", 64, mode="max", gradient="dense"),
+        cold("step/dense/equal/D64", 64, ids="equal", gradient="dense"),
+        cold("cold/uniform/D16", 16),
+        cold("cold/zipf/D16", 16, ids="zipf"),
+        cold("cold/uniform/D128", 128, 2**15),
+        cold("cold/zipf/D128", 128, 2**15, ids="zipf"),
+        cold("step/sparse/zipf/D128", 128, 2**15, ids="zipf", gradient="sparse"),
+        cold("cold/uniform/D256", 256, 2**14),
+        cold("cold/zipf/D256", 256, 2**14, ids="zipf"),
+        cold("cold/uniform/D64/fp16", 64, dtype=half),
+        cold("cold/uniform/D128/fp16", 128, dtype=half, quick=True),
+        cold("cold/zipf/D128/fp16", 128, dtype=half, ids="zipf"),
+        cold("step/sparse/zipf/D128/fp16", 128, 2**15, dtype=half, ids="zipf", gradient="sparse"),
+        cold("cold/uniform/D128/bf16", 128, dtype=brain),
+        cold("cold/zipf/D256/bf16", 256, 2**14, dtype=brain, ids="zipf"),
+        cached("cached/D64", 64),
+        cached("cached/D128", 128),
+        cached("cached/step/sparse/D64", 64, gradient="sparse"),
+        cached("cached/step/dense/D64", 64, gradient="dense"),
+    ]
+
+
 _FORWARD_SUM = ("serve/*", "zipf/*", "cached/*", "cold/*")
 _TWO_THREADS_HELP = _FORWARD_SUM[1:]
 
-SUITE = Suite(
-    operator="embedding_bag",
-    workloads=_workloads(),
-    candidates=[
-        Candidate("recsys_ops", _prepare_ours),
+_CPU_TARGETS = [
+    *(Target(workloads, "torch", 1.0) for workloads in _FORWARD_SUM),
+    *(Target(workloads, "FBGEMM TBE", 1.8) for workloads in _TWO_THREADS_HELP),
+    Target("special/padding", "torch", 8.0),
+    Target("special/max", "torch", 20.0),
+    Target("special/fp64", "torch", 6.0),
+    Target("special/mean-weighted", "recsys_ops sum", 1.0),
+    Target("half/*", "recsys_ops fp32", 1.5),
+    Target("step/sparse/*", "torch", 2.0),
+    Target("step/sparse/*", "torch + coalesce", 2.0),
+    Target("step/dense/*", "torch", 1.5),
+]
+_GPU_TARGETS = [
+    Target("cold/*", LIMIT, 0.85),
+    Target("step/*", LIMIT, 0.5),
+    Target("launch/*", "torch", 1.0),
+]
+
+_OURS_IN_OTHER_WAYS = [
+    Candidate(
+        "recsys_ops fp32",
+        _prepare_ours,
+        applies=lambda workload: workload.case.dtype.itemsize == 2,
+        variant=_as_fp32,
+    ),
+    Candidate(
+        "recsys_ops sum",
+        _prepare_ours,
+        applies=lambda workload: workload.case.mode == "mean" and workload.case.weighted,
+        variant=_as_sum,
+    ),
+]
+
+
+def _other_gpu_backends(call: Call) -> list[Candidate]:
+    """Ours by the backends for GPUs that are not chosen on their own."""
+    chosen = OPERATOR.choose(call).backend
+    return [
+        Candidate(
+            f"{OURS} {backend}",
+            functools.partial(_prepare_ours, backend=backend),
+            available=functools.partial(OPERATOR.rejection, backend, call),
+        )
+        for backend in OPERATOR.implementations
+        if backend in ("cuda", "triton") and backend != chosen
+    ]
+
+
+def suite(device: str) -> Suite:
+    """What is measured on a device, "cpu" or "cuda"."""
+    on_cpu = device == "cpu"
+    call = Call(device, torch.float32)
+    peers = [
         Candidate("torch", _prepare_torch),
         Candidate(
             "torch + coalesce",
@@ -359,33 +497,23 @@ SUITE = Suite(
             applies=lambda workload: workload.case.gradient == "sparse",
         ),
         Candidate(
-            "torch.compile", functools.partial(_prepare_torch, compiled=True), available=_compiler_missing
+            "torch.compile",
+            functools.partial(_prepare_torch, compiled=True),
+            available=_compiler_missing,
+            # Compiling takes longer than all else, and ends in the same kernels.
+            applies=lambda workload: on_cpu or workload.quick,
         ),
-        Candidate("FBGEMM TBE", _prepare_fbgemm, available=fbgemm.missing),
-        Candidate(
-            "recsys_ops fp32",
-            _prepare_ours,
-            applies=lambda workload: workload.case.dtype.itemsize == 2,
-            variant=_as_fp32,
-        ),
-        Candidate(
-            "recsys_ops sum",
-            _prepare_ours,
-            applies=lambda workload: workload.case.mode == "mean" and workload.case.weighted,
-            variant=_as_sum,
-        ),
-    ],
-    targets=[
-        *(Target(workloads, "torch", 1.0) for workloads in _FORWARD_SUM),
-        *(Target(workloads, "FBGEMM TBE", 1.8) for workloads in _TWO_THREADS_HELP),
-        Target("special/padding", "torch", 8.0),
-        Target("special/max", "torch", 20.0),
-        Target("special/fp64", "torch", 6.0),
-        Target("special/mean-weighted", "recsys_ops sum", 1.0),
-        Target("half/*", "recsys_ops fp32", 1.5),
-        Target("step/sparse/*", "torch", 2.0),
-        Target("step/sparse/*", "torch + coalesce", 2.0),
-        Target("step/dense/*", "torch", 1.5),
-    ],
-    backend=lambda: OPERATOR.choose(Call("cpu", torch.float32)).backend,
-)
+        Candidate("FBGEMM TBE", _prepare_fbgemm, available=functools.partial(fbgemm.missing, device)),
+    ]
+    return Suite(
+        operator="embedding_bag",
+        workloads=_cpu_workloads() if on_cpu else _gpu_workloads(),
+        candidates=[
+            Candidate(OURS, _prepare_ours),
+            *([] if on_cpu else _other_gpu_backends(call)),
+            *peers,
+            *(_OURS_IN_OTHER_WAYS if on_cpu else []),
+        ],
+        targets=_CPU_TARGETS if on_cpu else _GPU_TARGETS,
+        backend=lambda: OPERATOR.choose(call).backend,
+    )

@@ -12,13 +12,17 @@ import torch
 
 from recsys_ops.benchmarks import ceilings as ceilings_module
 from recsys_ops.benchmarks.ceilings import measure_ceilings
-from recsys_ops.benchmarks.measure import Row, measure
+from recsys_ops.benchmarks.machine import cache_bytes
+from recsys_ops.benchmarks.measure import Figures, Row, measure
 from recsys_ops.benchmarks.registry import Candidate, Inputs, Unsupported, Workload, suites
-from recsys_ops.benchmarks.suites.embedding_bag import SUITE, Case, make_workload
+from recsys_ops.benchmarks.results import ceiling_cells
+from recsys_ops.benchmarks.suites.embedding_bag import Case, make_workload, suite
 from recsys_ops.benchmarks.targets import judge
+from recsys_ops.embedding_bag.api import OPERATOR
 from recsys_ops.embedding_bag.cost import Cost
-from recsys_ops.timing import Ratio
+from recsys_ops.timing import HOST_CLOCK, HostClock, Ratio
 
+OPERATOR_NAMES = {f"recsys_ops {backend}" for backend in OPERATOR.implementations}
 NONE_FLUSHED: Callable[[], Any] = lambda: None  # noqa: E731
 
 
@@ -163,13 +167,19 @@ def test_caches_are_flushed_before_each_call_of_a_cold_workload_alone() -> None:
     assert not calls
 
 
-@pytest.mark.parametrize("workload", SUITE.workloads, ids=lambda workload: workload.name)
+CPU, GPU = suite("cpu"), suite("cuda")
+FIGURES = Figures(2.0, (2.0, 2.0, 4.0), 1.0, 1.0, 0.6, "memory", 1.0, 1.0)
+
+
+@pytest.mark.parametrize("workload", [*CPU.workloads, *GPU.workloads], ids=lambda workload: workload.name)
 def test_everyone_computes_every_workload_of_the_suite(workload: Workload) -> None:
-    """On small sizes; a peer that is absent here or says it cannot is left out."""
-    small = replace(workload.case, rows=60, bags=5, dim=8)
+    """On small sizes and the CPU; a peer that is absent here or says it cannot is left out."""
+    small = replace(workload.case, rows=60, bags=5, dim=8, device="cpu")
     workload = make_workload(workload.name, small)
-    candidates = [c for c in SUITE.candidates if c.name != "torch.compile"]
-    rows = measure(workload, replace(SUITE, candidates=candidates), tiny.CEILINGS, tiny.BUDGET, NONE_FLUSHED)
+    # On a CPU, PyTorch coalesces fp16 in fp16.
+    left_out = {"torch.compile"} | ({"torch + coalesce"} if small.dtype == torch.float16 else set())
+    candidates = [c for c in CPU.candidates if c.name not in left_out]
+    rows = measure(workload, replace(CPU, candidates=candidates), tiny.CEILINGS, tiny.BUDGET, NONE_FLUSHED)
     assert rows[0].candidate == "recsys_ops" and rows[0].status == "ok", rows[0].reason
     assert not [row for row in rows if row.status == "failed"]
     assert not [row for row in rows if "Error" in (row.reason or "")]
@@ -190,13 +200,14 @@ def test_zipf_names_few_rows_often() -> None:
     assert share_of_hottest("zipf") > 10 * share_of_hottest("uniform")
 
 
-def test_suites_are_found_with_unique_names_and_targets_that_match() -> None:
-    suite = suites()["embedding_bag"]
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_suites_are_found_with_unique_names_and_targets_that_match(device: str) -> None:
+    suite = suites(device)["embedding_bag"]
     names = [workload.name for workload in suite.workloads]
     assert len(set(names)) == len(names)
     assert any(workload.quick for workload in suite.workloads)
     rows = [
-        Row(w.name, w.operator, w.pass_, w.conditions, c.name, "ok", ours_speedup=Ratio(1, 1, 1))
+        Row(w.name, w.operator, w.pass_, w.conditions, c.name, "ok", None, FIGURES, Ratio(1, 1, 1))
         for w in suite.workloads
         for c in suite.candidates
         if c.applies(w)
@@ -218,6 +229,21 @@ def test_a_limit_is_the_slowest_of_memory_cache_flops_and_call() -> None:
     assert tiny.CEILINGS.limit(warm, replace(cost, lookup_row_bytes=8)) == (1e-6, "call")
 
 
+def test_the_limit_of_cold_rows_on_a_gpu_is_that_of_a_copy() -> None:
+    cold, warm = (make_workload("w", Case(64, device="cuda"), place) for place in ("memory", "cache"))
+    on_gpu = replace(tiny.CEILINGS, device="cuda", read_one_thread=None, call=1e-9)
+    cost = Cost(
+        flops=10,
+        row_bytes=256,
+        unique_row_bytes=10**6,
+        lookup_row_bytes=10**9,
+        streamed_bytes=2 * 10**6,
+        zeroed_bytes=10**6,
+    )
+    assert on_gpu.limit(cold, cost) == (pytest.approx(4e6 / on_gpu.copy), "memory")
+    assert on_gpu.limit(warm, cost) == (pytest.approx(10**9 / 8e9), "cache")
+
+
 def test_row_rates_lie_between_those_of_the_measured_sizes() -> None:
     ceilings = replace(tiny.CEILINGS, rows={"memory": {64: 1e9, 256: 4e9}})
     assert ceilings.row_rate("memory", 128) == pytest.approx(2e9)
@@ -225,15 +251,57 @@ def test_row_rates_lie_between_those_of_the_measured_sizes() -> None:
     assert ceilings.row_rate("memory", 1024) == pytest.approx(4e9)
 
 
+def test_a_workload_about_the_host_is_timed_by_its_clock() -> None:
+    class Reversed(HostClock):
+        def seconds_since(self, mark: float) -> float:
+            return -super().seconds_since(mark)
+
+    clocks = {"device": HOST_CLOCK, "host": Reversed()}
+    for timed in ("device", "host"):
+        workload = replace(tiny.workload(), timed=timed)
+        rows = measure(workload, tiny.suite(), tiny.CEILINGS, tiny.BUDGET, NONE_FLUSHED, clocks)
+        assert all(row.figures and (row.figures.seconds < 0) == (timed == "host") for row in rows)
+
+
+def test_backends_for_gpus_are_measured_once_each() -> None:
+    chosen = GPU.backend()
+    names = [candidate.name for candidate in GPU.candidates]
+    assert names[0] == "recsys_ops" and f"recsys_ops {chosen}" not in names
+    assert {"recsys_ops cuda", "recsys_ops triton"} & OPERATOR_NAMES - {f"recsys_ops {chosen}"} <= set(names)
+    assert not [candidate.name for candidate in CPU.candidates if candidate.name == "recsys_ops triton"]
+
+
+def test_tables_of_a_gpu_are_several_times_its_cache() -> None:
+    cold = [workload for workload in GPU.workloads if workload.flushed]
+    least = 8 * cache_bytes("cuda")[0]
+    assert cold and all(w.case.rows * w.case.dim * w.case.dtype.itemsize >= least for w in cold)
+
+
 def test_ceilings_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ceilings_module, "cache_bytes", lambda: (2**16, 2**18))
+    monkeypatch.setattr(ceilings_module, "cache_bytes", lambda device: (2**16, 2**18))
     threads = torch.get_num_threads()
     found = measure_ceilings(working_set=2**20, repetitions=1)
     assert torch.get_num_threads() == threads
     assert set(found.rows) == {"memory", "last-level cache", "cache"}
     by_size = [found.zeroed, *found.rows.values()]
-    rates = [found.read_one_thread, found.read, found.copy, found.flops]
+    rates = [found.read_one_thread or 0.0, found.read, found.copy, found.flops]
     rates += [rate for measured in by_size for rate in measured.values()]
     assert all(list(measured) == sorted(measured) for measured in by_size)
     assert all(1e6 < rate < 1e13 for rate in rates)
     assert 1e-8 < found.call < 1e-3
+
+
+def test_ceilings_of_a_gpu_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this CPU, by another name."""
+    monkeypatch.setattr(ceilings_module, "cache_bytes", lambda device: (2**18, 2**18))
+    found = measure_ceilings(working_set=2**20, repetitions=1, device="cpu:0")
+    assert found.device == "cpu:0" and found.read_one_thread is None
+    assert set(found.rows) == {"memory", "cache"}
+    assert all(rate > 0 for rate in (found.read, found.copy, found.flops, found.call))
+    assert all(name for name, _ in ceiling_cells(found))
+
+
+def test_a_probe_that_breaks_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ceilings_module, "cache_bytes", lambda device: (2**16, 2**18))
+    monkeypatch.setattr(ceilings_module, "embedding_bag", None)
+    assert measure_ceilings(working_set=2**20, repetitions=1).row_rate("cache", 256) > 0

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_suite as tiny
+import torch
 from rich.console import Console
 
-from recsys_ops.benchmarks import run
-from recsys_ops.benchmarks.measure import Row
-from recsys_ops.benchmarks.registry import Candidate, Inputs, Suite, Target, Workload
+from recsys_ops.benchmarks import machine, run
+from recsys_ops.benchmarks.measure import Figures, Row
+from recsys_ops.benchmarks.registry import LIMIT, OURS, Candidate, Inputs, Suite, Target, Workload
 from recsys_ops.benchmarks.run import run_bench, select
-from recsys_ops.benchmarks.suites.embedding_bag import SUITE
+from recsys_ops.benchmarks.suites.embedding_bag import suite as real_suite
 from recsys_ops.benchmarks.targets import judge
 from recsys_ops.timing import Ratio
 
@@ -30,10 +34,9 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Runs a suite with limits that cost no time; gives the exit code and what was printed."""
 
     def run_it(suite: Suite, terminal: bool = False, **options: Any) -> tuple[int, str]:
-        monkeypatch.setattr(run, "suites", lambda: {suite.operator: suite})
+        monkeypatch.setattr(run, "suites", lambda device: {suite.operator: suite})
         monkeypatch.setattr(run, "measure_ceilings", lambda **_: tiny.CEILINGS)
-        monkeypatch.setattr(run, "_DEFAULT", tiny.BUDGET)
-        monkeypatch.setattr(run, "_QUICK", tiny.BUDGET)
+        monkeypatch.setattr(run, "_BUDGETS", {"cpu": (tiny.BUDGET, tiny.BUDGET)})
         console = Console(file=io.StringIO(), force_terminal=terminal)
         code = run_bench(suite.operator, console=console, **options)
         assert isinstance(console.file, io.StringIO)
@@ -69,9 +72,9 @@ def test_json_has_the_schema(bench: Bench, tmp_path: Path) -> None:
     bench(tiny.suite([tiny.OURS, tiny.TORCH, ABSENT]), json_path=path)
     record = json.loads(path.read_text())
     assert record["schema"] == 1 and record["complete"] is True and record["verdicts"] is None
-    assert record["operators"] == {"embedding_bag": "reference"}
+    assert record["device"] == "cpu" and record["operators"] == {"embedding_bag": "reference"}
     assert set(record["machine"]) == {"cpu", "system", "cores", "threads", "caches", "simd", "memory"}
-    assert set(record["versions"]) == {"python", "torch", "recsys_ops", "fbgemm"}
+    assert set(record["versions"]) == {"python", "torch", "cuda", "triton", "recsys_ops", "fbgemm"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert {"read", "copy", "rows", "flops", "call"} < set(record["ceilings"])
     ours, peer, absent = record["rows"]
@@ -196,12 +199,14 @@ def test_a_name_that_matches_nothing_is_wrong_usage(op: str, filter: str | None)
 
 def test_workloads_are_picked_by_glob_part_and_quickness() -> None:
     def names(filter: str | None, quick: bool = False) -> list[str]:
-        return [workload.name for workload in select(SUITE, filter, quick)]
+        return [workload.name for workload in select(suite, filter, quick)]
+
+    suite = real_suite("cpu")
 
     assert names("special/*") == names("special")
     assert names("special/m*") == ["special/max", "special/mean", "special/mean-weighted", "special/matrix"]
     assert names("half") and all(name.startswith("half/") for name in names("half"))
-    assert 0 < len(names(None, quick=True)) < len(names(None)) == len(SUITE.workloads)
+    assert 0 < len(names(None, quick=True)) < len(names(None)) == len(suite.workloads)
 
 
 def row(ratio: Ratio | None, reason: str | None = None) -> Row:
@@ -223,6 +228,59 @@ def test_targets_are_judged_by_median_and_interval(found: Row, verdict: str) -> 
     (judged,) = judge([Target("a/*", "torch", 2.0), Target("b/*", "torch", 2.0)], [found])
     assert judged.verdict == verdict
     assert judged.reason == found.reason
+
+
+@pytest.mark.parametrize(
+    ("minimum", "verdict"), [(0.5, "met"), (0.6, "met"), (0.7, "within noise"), (0.9, "missed")]
+)
+def test_a_share_of_the_limit_is_judged_by_ours(minimum: float, verdict: str) -> None:
+    figures = Figures(2.0, (1.5, 2.0, 2.0, 2.0, 2.0, 3.0), 1.0, 1.0, 0.6, "memory", 1.0, 1.0)
+    ours, peer = (Row("a/b", "op", "forward", "", name, "ok", None, figures) for name in (OURS, "torch"))
+    (judged,) = judge([Target("a/*", LIMIT, minimum)], [ours, peer])
+    assert (judged.peer, judged.verdict) == (LIMIT, verdict)
+    assert judged.ratio and judged.ratio.value == pytest.approx(0.6)
+    (unknown,) = judge([Target("a/*", LIMIT, minimum)], [dataclasses.replace(ours, figures=None)])
+    assert unknown.verdict == "not measured"
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("cuda", "expected a GPU that PyTorch can use"), ("mps", "to be cpu or cuda, got 'mps'")],
+)
+def test_a_device_that_cannot_be_measured_is_wrong_usage(
+    device: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    console = Console(file=io.StringIO(), width=200)
+    assert run_bench(device=device, console=console) == 2
+    assert isinstance(console.file, io.StringIO) and said in console.file.getvalue()
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(
+        name="NVIDIA H200",
+        major=9,
+        minor=0,
+        multi_processor_count=132,
+        L2_cache_size=60 * 2**20,
+        total_memory=140 * 2**30,
+    )
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    with mock.patch.object(machine.subprocess, "run") as smi:
+        smi.return_value.stdout = "580.159.04\n"
+        gpu = machine.describe_machine("cuda")["gpu"]
+    assert gpu | {"cuda": None} == {
+        "name": "NVIDIA H200",
+        "driver": "580.159.04",
+        "cuda": None,
+        "compute_capability": "9.0",
+        "multiprocessors": 132,
+        "L2": "60 MiB",
+        "memory": "140.0 GiB",
+    }
+    with mock.patch.object(machine.subprocess, "run", side_effect=FileNotFoundError):
+        assert machine.describe_gpu()["driver"] is None
 
 
 def test_targets_are_told_and_do_not_fail_the_run(bench: Bench) -> None:
