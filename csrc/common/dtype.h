@@ -4,8 +4,12 @@
 #include <cstdint>
 
 // Functions of headers that sources of several SIMD levels share: inlined always, so that the
-// linker cannot pick the copy of a level that this machine lacks.
+// linker cannot pick the copy of a level that this machine lacks. CUDA kernels call them too.
+#if defined(__CUDACC__)
+#define RECSYS_OPS_INLINE inline __host__ __device__ __attribute__((always_inline))
+#else
 #define RECSYS_OPS_INLINE inline __attribute__((always_inline))
+#endif
 
 namespace recsys_ops {
 

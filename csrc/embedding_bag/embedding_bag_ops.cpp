@@ -1,52 +1,13 @@
 // Checks and allocation for torch.ops.recsys_ops.embedding_bag_* on the CPU.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <optional>
 #include <tuple>
 
-#include "../common/checks.h"
+#include "arguments.h"
 #include "embedding_bag.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
-
-constexpr const char* op = "embedding_bag";
-
-Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
-Bags bags_of(
-    const Tensor& indices, const Tensor& offsets, int64_t num_embeddings, int64_t padding_idx, bool include_last_offset,
-    bool drop_invalid) {
-  Bags bags;
-  bags.indices = integers_of(op, "indices", indices);
-  bags.offsets = integers_of(op, "offsets", offsets);
-  STD_TORCH_CHECK(
-      !include_last_offset || bags.offsets.size > 0, op, ": expected offsets of shape [B + 1], got [0]");
-  bags.count = bags.offsets.size - include_last_offset;
-  bags.num_embeddings = num_embeddings;
-  bags.padding_idx = padding_idx;
-  bags.drop_invalid = drop_invalid;
-  return bags;
-}
-
-Table table_of(const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 2, op, ": expected weight of shape [R, D], got ", weight.dim(), " dimensions");
-  return {
-      dtype_of(op, "weight", weight), weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0),
-      weight.stride(1)};
-}
-
-const void* optional_data(
-    const char* argument, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  if (!tensor) {
-    return nullptr;
-  }
-  check_like(op, argument, *tensor, shape, dtype);
-  return tensor->const_data_ptr();
-}
 
 Tensor embedding_bag_forward(
     Tensor weight, Tensor indices, Tensor offsets, std::optional<Tensor> per_sample_weights, bool mean,
@@ -71,30 +32,13 @@ std::tuple<Tensor, Tensor> embedding_bag_max_forward(
   return {output, argmax};
 }
 
-WeightGradient weight_gradient(
-    const Tensor& grad_output, const std::optional<Tensor>& per_sample_weights, const std::optional<Tensor>& argmax,
-    bool mean, bool scale_grad_by_freq, const Bags& bags) {
-  STD_TORCH_CHECK(grad_output.dim() == 2, op, ": expected grad_output of shape [B, D]");
-  const int64_t dim = grad_output.size(1);
-  check_like(op, "grad_output", grad_output, {bags.count, dim}, grad_output.scalar_type());
-  const Gradient gradient = {
-      dtype_of(op, "grad_output", grad_output),
-      grad_output.const_data_ptr(),
-      dim,
-      optional_data("per_sample_weights", per_sample_weights, {bags.indices.size}, grad_output.scalar_type()),
-      static_cast<const int32_t*>(optional_data("argmax", argmax, {bags.count, dim}, ScalarType::Int)),
-      mean,
-      scale_grad_by_freq};
-  return WeightGradient(gradient, bags);
-}
-
 Tensor embedding_bag_backward(
     Tensor grad_output, Tensor indices, Tensor offsets, std::optional<Tensor> per_sample_weights,
     std::optional<Tensor> argmax, int64_t num_embeddings, bool mean, int64_t padding_idx, bool include_last_offset,
     bool drop_invalid, bool scale_grad_by_freq) {
   const Bags bags = bags_of(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid);
-  const WeightGradient gradient =
-      weight_gradient(grad_output, per_sample_weights, argmax, mean, scale_grad_by_freq, bags);
+  const WeightGradient gradient(
+      gradient_of(grad_output, per_sample_weights, argmax, mean, scale_grad_by_freq, bags), bags);
   Tensor grad = empty_like(grad_output, {num_embeddings, grad_output.size(1)});
   gradient.write_dense(grad.mutable_data_ptr());
   return grad;
@@ -105,8 +49,8 @@ std::tuple<Tensor, Tensor> embedding_bag_backward_sparse(
     int64_t num_embeddings, bool mean, int64_t padding_idx, bool include_last_offset, bool drop_invalid,
     bool scale_grad_by_freq) {
   const Bags bags = bags_of(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid);
-  const WeightGradient gradient =
-      weight_gradient(grad_output, per_sample_weights, std::nullopt, mean, scale_grad_by_freq, bags);
+  const WeightGradient gradient(
+      gradient_of(grad_output, per_sample_weights, std::nullopt, mean, scale_grad_by_freq, bags), bags);
   Tensor rows = empty_like(grad_output, {gradient.touched()}, ScalarType::Long);
   Tensor values = empty_like(grad_output, {gradient.touched(), grad_output.size(1)});
   gradient.write_sparse(static_cast<int64_t*>(rows.mutable_data_ptr()), values.mutable_data_ptr());

@@ -2,42 +2,9 @@
 #pragma once
 
 #include "../common/simd_level.h"
-#include "bags.h"
+#include "gradient.h"
 
 namespace recsys_ops::embedding_bag {
-
-// What the gradient of the weight is made of.
-struct Gradient {
-  DType dtype;
-  const void* output;              // [B, D] contiguous
-  int64_t dim;
-  const void* per_sample_weights;  // [N] or null
-  const int32_t* argmax;           // [B, D] or null
-  bool mean;
-  bool scale_grad_by_freq;
-
-  // What the sum of so many entries of a row is multiplied by.
-  template <class A>
-  RECSYS_OPS_INLINE A scale(int64_t entries) const {
-    return scale_grad_by_freq ? A{1} / static_cast<A>(entries) : A{1};
-  }
-};
-
-// The entries of all bags, sorted by row. The entries of one row are a run.
-struct SortedEntries {
-  const uint64_t* keys;     // row << source_bits | source
-  int source_bits;
-  const uint32_t* bag_of;   // [N], where sources are positions; null where they are bags
-  const double* bag_scale;  // [B], 1 / live entries; null for 1
-  Integers offsets;
-  const int64_t* runs;      // where each starts, and where the last ends
-
-  RECSYS_OPS_INLINE int64_t row(int64_t entry) const { return static_cast<int64_t>(keys[entry] >> source_bits); }
-  RECSYS_OPS_INLINE int64_t source(int64_t entry) const {
-    return static_cast<int64_t>(keys[entry] & ((uint64_t{1} << source_bits) - 1));
-  }
-  RECSYS_OPS_INLINE int64_t bag(int64_t source) const { return bag_of ? bag_of[source] : source; }
-};
 
 constexpr int64_t longest_run = 4096;  // entries; longer ones are summed in pieces of this size
 

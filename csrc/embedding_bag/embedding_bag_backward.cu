@@ -1,0 +1,471 @@
+// The gradient of the table: entries become keys of row and source, sorted; then the entries of one
+// row, a run, are summed in a fixed order.
+//
+// A group of lanes sums the runs in one chunk of sorted entries. What crosses chunks is left as
+// pieces, two for each chunk, which are summed in the same way by the next launch, until one chunk
+// holds all. So the longest run is spread over the whole GPU, and no sum depends on who was first.
+#include <limits>
+
+#include "../common/cuda/group.cuh"
+#include "../common/cuda/launch.h"
+#include "../common/cuda/sort.h"
+#include "../common/cuda/tiles.h"
+#include "bag_reader.cuh"
+#include "embedding_bag_cuda.h"
+
+namespace recsys_ops::embedding_bag::cuda {
+namespace {
+
+using namespace recsys_ops::cuda;
+
+constexpr int rows_in_flight = 8;
+constexpr int chunk_length = 32;
+static_assert(rows_in_flight <= fewest_lanes && chunk_length % warp_lanes == 0);
+
+// Bags, and as a last task the entries after the last bag.
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_entries_kernel(
+    Bags bags, KeyLayout layout, uint64_t* keys, uint32_t* bag_of, double* bag_scale) {
+  const Group group(fewest_lanes);
+  const uint64_t dead = static_cast<uint64_t>(bags.num_embeddings) << layout.source_bits;
+  bool good = true;
+  for (int64_t bag = group.first_task(); bag <= bags.count; bag += group.stride()) {
+    if (bag == bags.count) {
+      const int64_t begin = bag > 0 ? bags.end(bag - 1) : 0;
+      for (int64_t entry = (begin < 0 ? 0 : begin) + group.lane; entry < bags.indices.size; entry += group.lanes) {
+        keys[entry] = dead;
+      }
+      continue;
+    }
+    const BagReader reader(bags, bag, good);
+    int64_t size = 0;
+    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+      const int64_t entry = first + group.lane;
+      const int64_t row = reader.row(entry);
+      if (entry < reader.end) {
+        const uint64_t source = layout.by_position ? entry : bag;
+        keys[entry] = row >= 0 ? static_cast<uint64_t>(row) << layout.source_bits | source : dead;
+        if (bag_of) {
+          bag_of[entry] = static_cast<uint32_t>(bag);
+        }
+      }
+      size += __popc(group.vote(row >= 0));
+    }
+    if (bag_scale && group.lane == 0) {
+      bag_scale[bag] = size > 0 ? 1.0 / static_cast<double>(size) : 1.0;
+    }
+  }
+  check_values(good);
+}
+
+__device__ bool starts_run(const SortedEntries& entries, int64_t entry, int64_t size, int64_t num_embeddings) {
+  return entry < size && entries.row(entry) < num_embeddings &&
+         (entry == 0 || entries.row(entry - 1) != entries.row(entry));
+}
+
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
+    embedding_bag_count_runs_kernel(SortedEntries entries, int64_t size, int64_t num_embeddings, int64_t* counts) {
+  const Group group(numbered_together);
+  for (int64_t part = group.first_task(); part * numbered_together < size; part += group.stride()) {
+    const int64_t entry = part * numbered_together + group.lane;
+    const unsigned starts = group.vote(starts_run(entries, entry, size, num_embeddings));
+    if (group.lane == 0) {
+      counts[part] = __popc(starts);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_number_runs_kernel(
+    SortedEntries entries, int64_t size, int64_t num_embeddings, int64_t num_runs, const int64_t* counts,
+    uint64_t* numbered, int64_t* rows) {
+  const Group group(numbered_together);
+  for (int64_t part = group.first_task(); part * numbered_together < size; part += group.stride()) {
+    const int64_t entry = part * numbered_together + group.lane;
+    const unsigned starts = group.vote(starts_run(entries, entry, size, num_embeddings));
+    if (entry >= size) {
+      continue;
+    }
+    const unsigned up_to_here = 0xffffffffu >> (warp_lanes - 1 - group.lane);
+    const int64_t run = (part > 0 ? counts[part - 1] : 0) + __popc(starts & up_to_here) - 1;
+    const int64_t row = entries.row(entry);
+    const int64_t number = row < num_embeddings ? run : num_runs;
+    numbered[entry] = static_cast<uint64_t>(number) << entries.source_bits | entries.source(entry);
+    if (starts >> group.lane & 1) {
+      rows[run] = row;
+    }
+  }
+}
+
+// Entries of a run, counted by bisection.
+__device__ int64_t run_length(const SortedEntries& entries, int64_t size, int64_t target) {
+  int64_t bounds[2];
+  for (int64_t side = 0; side < 2; ++side) {
+    int64_t low = 0, high = size;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (entries.row(middle) < target + side) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    bounds[side] = low;
+  }
+  return bounds[1] - bounds[0];
+}
+
+// The terms of sums, first those that entries stand for, then pieces of runs. A target is the row
+// of the result that a term belongs to, or -1.
+template <class T, int N, bool WHERE>
+struct EntryTerms {
+  using A = Accumulate<T>;
+  const Gradient& gradient;
+  const SortedEntries& entries;
+  const int64_t size;
+  const int64_t rows;
+
+  // What a lane knows of its entry.
+  struct Own {
+    uint32_t bag;
+    A weight;
+    int32_t position;
+  };
+
+  struct InFlight {
+    Raw<T, N> values;
+    Raw<int32_t, WHERE ? N : 1> winner;
+    A weight;
+    int32_t position;
+  };
+
+  __device__ int64_t target(int64_t entry) const {
+    const int64_t row = entries.row(entry);
+    return row < rows ? row : -1;
+  }
+
+  __device__ Own look(int64_t entry) const {
+    const int64_t source = entries.source(entry), bag = entries.bag(source);
+    Own own = {static_cast<uint32_t>(bag), A{1}, 0};
+    if (gradient.per_sample_weights) {
+      own.weight = widen(static_cast<const T*>(gradient.per_sample_weights)[source]);
+    }
+    if (entries.bag_scale) {
+      own.weight *= static_cast<A>(entries.bag_scale[bag]);
+    }
+    if constexpr (WHERE) {
+      own.position = static_cast<int32_t>(source - entries.offsets[bag]);
+    }
+    return own;
+  }
+
+  __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
+    InFlight term = {};
+    const int64_t cell = group.broadcast(own.bag, from) * gradient.dim + column;
+    term.weight = gradient.per_sample_weights || entries.bag_scale ? group.broadcast(own.weight, from) : A{1};
+    if (wanted) {
+      term.values = load<N>(static_cast<const T*>(gradient.output) + cell);
+    }
+    if constexpr (WHERE) {
+      term.position = group.broadcast(own.position, from);
+      if (wanted) {
+        term.winner = load<N>(gradient.argmax + cell);
+      }
+    }
+    return term;
+  }
+
+  __device__ void add(Pack<A, N>& sum, const InFlight& term) const {
+    const Pack<T, N> values = term.values.unpacked();
+    [[maybe_unused]] const auto winner = term.winner.unpacked();
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if constexpr (WHERE) {
+        sum[k] += winner[k] == term.position ? widen(values[k]) : A{0};
+      } else {
+        sum[k] += widen(values[k]) * term.weight;
+      }
+    }
+  }
+};
+
+template <class A, int N>
+struct PieceTerms {
+  const int64_t* targets;
+  const A* sums;
+  const int64_t size;
+  const int64_t dim;
+
+  struct Own {
+    int64_t entry;
+  };
+
+  struct InFlight {
+    Raw<A, N> values;
+  };
+
+  __device__ int64_t target(int64_t entry) const { return targets[entry]; }
+  __device__ Own look(int64_t entry) const { return {entry}; }
+
+  __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
+    InFlight term = {};
+    const int64_t entry = group.broadcast(own.entry, from);
+    if (wanted) {
+      term.values = load<N>(sums + entry * dim + column);
+    }
+    return term;
+  }
+
+  __device__ void add(Pack<A, N>& sum, const InFlight& term) const {
+    const Pack<A, N> values = term.values.unpacked();
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      sum[k] += values[k];
+    }
+  }
+};
+
+// Where the sums of runs go, and of pieces of them.
+template <class T>
+struct Results {
+  T* out;
+  int64_t* targets;
+  Accumulate<T>* pieces;
+  int64_t dim;
+  // For scale_grad_by_freq.
+  const SortedEntries& entries;
+  int64_t size;
+  const Gradient& gradient;
+
+  template <int N>
+  __device__ void finish(int64_t target, Pack<Accumulate<T>, N> sum, int64_t column) const {
+    if (gradient.scale_grad_by_freq) {
+      const auto scale = gradient.template scale<Accumulate<T>>(run_length(entries, size, target));
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        sum[k] *= scale;
+      }
+    }
+    store<N>(out + target * dim + column, narrowed<T>(sum));
+  }
+};
+
+// Sums the runs in one chunk of the terms. A run that began before it or goes on after it is left
+// as a piece: the first of the chunk's two, or the second; one that does both as the first, with
+// zeros as the second, so that the pieces of a run stay neighbours.
+template <class T, int N, class Terms>
+__device__ void sum_chunk(
+    const Terms& terms, const Results<T>& to, const Group& group, int64_t chunk, int64_t column, bool writes_targets) {
+  using A = Accumulate<T>;
+  const int64_t begin = chunk * chunk_length;
+  const int64_t end = terms.size - begin < chunk_length ? terms.size : begin + chunk_length;
+  const bool inside = column < to.dim;
+  const int64_t before = begin > 0 ? terms.target(begin - 1) : -1;
+  const int64_t after = end < terms.size ? terms.target(end) : -1;
+  const int64_t first_target = terms.target(begin), last_target = terms.target(end - 1);
+  const bool begins_before = before >= 0 && before == first_target;
+  const bool goes_on = after >= 0 && after == last_target;
+  bool in_first_run = begins_before;
+  Pack<A, N> sum = {};
+  for (int64_t first = begin; first < end; first += group.lanes) {
+    const int64_t entry = first + group.lane;
+    const int64_t target = entry < end ? terms.target(entry) : -1;
+    const int64_t next = entry + 1 < terms.size && entry < end ? terms.target(entry + 1) : -1;
+    typename Terms::Own own = {};
+    if (target >= 0) {
+      own = terms.look(entry);
+    }
+    const unsigned live = group.vote(target >= 0), ends = group.vote(target >= 0 && target != next);
+    for (int i = 0; i < group.lanes && live >> i != 0; i += rows_in_flight) {
+      typename Terms::InFlight in_flight[rows_in_flight];
+#pragma unroll
+      for (int u = 0; u < rows_in_flight; ++u) {
+        in_flight[u] = terms.fetch(group, own, i + u, (live >> (i + u) & 1) && inside, column);
+      }
+#pragma unroll
+      for (int u = 0; u < rows_in_flight; ++u) {
+        if (live >> (i + u) & 1) {
+          terms.add(sum, in_flight[u]);
+        }
+        if (ends >> (i + u) & 1) {
+          const int64_t ended = group.broadcast(target, i + u);
+          if (inside && in_first_run) {
+            store<N>(to.pieces + 2 * chunk * to.dim + column, sum);
+          } else if (inside) {
+            to.finish(ended, sum, column);
+          }
+          in_first_run = false;
+          sum = {};
+        }
+      }
+    }
+  }
+  if (writes_targets) {
+    to.targets[2 * chunk] = begins_before ? first_target : -1;
+    to.targets[2 * chunk + 1] = goes_on ? last_target : -1;
+  }
+  if (goes_on && inside) {
+    A* pieces = to.pieces + 2 * chunk * to.dim + column;
+    if (in_first_run) {
+      store<N>(pieces, sum);
+      sum = {};
+    }
+    store<N>(pieces + to.dim, sum);
+  }
+}
+
+template <class T, int N, bool WHERE>
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_sum_entries_kernel(
+    Gradient gradient, SortedEntries entries, int64_t size, int64_t rows, Tiles tiles, T* out, int64_t* targets,
+    Accumulate<T>* pieces) {
+  const Group group(tiles.lanes);
+  const EntryTerms<T, N, WHERE> terms = {gradient, entries, size, rows};
+  const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
+  const int64_t chunks = (size + chunk_length - 1) / chunk_length;
+  for (int64_t task = group.first_task(); task < chunks * tiles.blocks; task += group.stride()) {
+    const Place place = place_of(task, tiles, N, group.lane);
+    sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
+  }
+}
+
+template <class T, int N>
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_sum_pieces_kernel(
+    Gradient gradient, SortedEntries entries, int64_t size, const int64_t* from_targets, const Accumulate<T>* from,
+    int64_t count, Tiles tiles, T* out, int64_t* targets, Accumulate<T>* pieces) {
+  const Group group(tiles.lanes);
+  const PieceTerms<Accumulate<T>, N> terms = {from_targets, from, count, gradient.dim};
+  const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
+  const int64_t chunks = (count + chunk_length - 1) / chunk_length;
+  for (int64_t task = group.first_task(); task < chunks * tiles.blocks; task += group.stride()) {
+    const Place place = place_of(task, tiles, N, group.lane);
+    sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
+  }
+}
+
+int bits_for(uint64_t largest) {
+  int bits = 1;
+  while (bits < 64 && largest >> bits != 0) {
+    ++bits;
+  }
+  return bits;
+}
+
+int64_t chunks_of(int64_t size) { return (size + chunk_length - 1) / chunk_length; }
+
+}  // namespace
+
+KeyLayout key_layout(const Gradient& gradient, const Bags& bags) {
+  const bool by_position = gradient.per_sample_weights || gradient.argmax;
+  const KeyLayout layout = {
+      by_position, bits_for(by_position ? bags.indices.size : bags.count), bits_for(bags.num_embeddings)};
+  if (layout.source_bits + layout.row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
+    throw std::runtime_error(
+        "embedding_bag: expected rows x indices below 2^63 and bags below 2^32, got " +
+        std::to_string(bags.num_embeddings) + " rows, " + std::to_string(bags.indices.size) + " indices, " +
+        std::to_string(bags.count) + " bags");
+  }
+  return layout;
+}
+
+void find_entries(
+    const KeyLayout& layout, const Bags& bags, uint64_t* keys, uint32_t* bag_of, double* bag_scale,
+    cudaStream_t stream) {
+  launch(
+      stream, embedding_bag_entries_kernel, bags.count + 1, fewest_lanes, bags, layout, keys, bag_of, bag_scale);
+}
+
+int64_t sort_bytes(const KeyLayout& layout, int64_t size) {
+  return recsys_ops::cuda::sort_bytes(size, layout.source_bits, layout.source_bits + layout.row_bits);
+}
+
+uint64_t* sort_entries(
+    const KeyLayout& layout, uint64_t* keys, uint64_t* scratch, int64_t size, void* memory, int64_t bytes,
+    cudaStream_t stream) {
+  return sort_keys(
+      keys, scratch, size, layout.source_bits, layout.source_bits + layout.row_bits, memory, bytes, stream);
+}
+
+int64_t count_bytes(int64_t size) {
+  return running_sum_bytes((size + numbered_together - 1) / numbered_together);
+}
+
+int64_t count_runs(
+    const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t* counts, void* memory, int64_t bytes,
+    cudaStream_t stream) {
+  const int64_t parts = (size + numbered_together - 1) / numbered_together;
+  if (parts == 0) {
+    return 0;
+  }
+  launch(
+      stream, embedding_bag_count_runs_kernel, parts, numbered_together, entries, size, num_embeddings, counts);
+  running_sum(counts, parts, memory, bytes, stream);
+  int64_t total = 0;
+  check(cudaMemcpyAsync(&total, counts + parts - 1, sizeof(total), cudaMemcpyDeviceToHost, stream));
+  check(cudaStreamSynchronize(stream));
+  return total;
+}
+
+void number_runs(
+    const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t num_runs, const int64_t* counts,
+    uint64_t* numbered, int64_t* rows, cudaStream_t stream) {
+  launch(
+      stream, embedding_bag_number_runs_kernel, (size + numbered_together - 1) / numbered_together, numbered_together,
+      entries, size, num_embeddings, num_runs, counts, numbered, rows);
+}
+
+int64_t piece_count(int64_t size) {
+  int64_t total = 0;
+  while (size > 0) {
+    const int64_t pieces = 2 * chunks_of(size);
+    total += pieces;
+    size = pieces > 2 ? pieces : 0;
+  }
+  return total;
+}
+
+void sum_runs(
+    const Gradient& gradient, const SortedEntries& entries, int64_t size, int64_t rows, void* out, int64_t* targets,
+    void* sums, cudaStream_t stream) {
+  if (size == 0 || gradient.dim == 0) {
+    return;
+  }
+  dispatch(gradient.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulate<T>;
+    T* to = static_cast<T*>(out);
+    A* pieces = static_cast<A*>(sums);
+    // A word of positions is as wide as one of four elements.
+    Tiles tiles = tile_rows<T>(
+        gradient.dim, gradient.dim, 1, gradient.argmax ? 4 : widest_word / sizeof(T),
+        static_cast<const T*>(gradient.output), gradient.argmax, to, pieces);
+    dispatch_elements<T>(tiles, [&](auto elements) {
+      const auto start = [&](auto kernel) {
+        launch(
+            stream, kernel, chunks_of(size) * tiles.blocks, tiles.lanes, gradient, entries, size, rows, tiles, to,
+            targets, pieces);
+      };
+      if (!gradient.argmax) {
+        return start(embedding_bag_sum_entries_kernel<T, elements.value, false>);
+      }
+      if constexpr (elements.value <= 4) {
+        return start(embedding_bag_sum_entries_kernel<T, elements.value, true>);
+      }
+    });
+    tiles = tile_rows<A>(gradient.dim, gradient.dim, 1, widest_word / sizeof(A), to, pieces);
+    for (int64_t count = 2 * chunks_of(size); count > 2; count = 2 * chunks_of(count)) {
+      dispatch_elements<A>(tiles, [&](auto elements) {
+        launch(
+            stream, embedding_bag_sum_pieces_kernel<T, elements.value>, chunks_of(count) * tiles.blocks, tiles.lanes,
+            gradient, entries, size, targets, pieces, count, tiles, to, targets + count, pieces + count * gradient.dim);
+      });
+      targets += count;
+      pieces += count * gradient.dim;
+    }
+  });
+}
+
+void zero(const Gradient& gradient, int64_t rows, void* out, cudaStream_t stream) {
+  dispatch(gradient.dtype, [&](auto* type) {
+    check(cudaMemsetAsync(out, 0, rows * gradient.dim * sizeof(*type), stream));
+  });
+}
+
+}  // namespace recsys_ops::embedding_bag::cuda

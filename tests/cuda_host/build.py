@@ -1,0 +1,94 @@
+"""Builds CUDA sources with the C++ compiler, for fibers of a CPU instead of threads of a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILT = ROOT / "build" / "cuda_host"
+COMPILER = os.environ.get("CXX", "g++")
+
+# What watches the kernels: the first cannot be told apart from what it runs in, so it is preloaded.
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"],
+    "races": ["-fsanitize=thread"],
+}
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-omit-frame-pointer"),
+    *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-U_FORTIFY_SOURCE"),
+    *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000"),
+    *("-DRECSYS_OPS_CUDA_LIBRARY=recsys_ops_cuda_host", "-DRECSYS_OPS_CUDA_KEY=CPU"),
+    *("-DRECSYS_OPS_SIMD_LEVEL=scalar", "-DRECSYS_OPS_VECTOR_BYTES=1"),
+]
+# Locals that nobody has written hold a pattern.
+INSTRUMENTED = ["-ftrivial-auto-var-init=pattern"]
+ENGINE = ["engine.cpp", "torch_on_cpu.cpp"]
+
+
+def build(sources: Sequence[Path], sanitizer: str, defines: Sequence[str] = ()) -> Path:
+    """A shared library of these sources and the engine; made once for the same contents."""
+    engine = [HERE / name for name in [*ENGINE, *(["races.cpp"] if sanitizer == "races" else [])]]
+    headers = [*HERE.rglob("*.h"), *HERE.rglob("*.cuh"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
+    contents = hashlib.sha256(repr((sanitizer, *defines, FLAGS, INSTRUMENTED, SANITIZERS)).encode())
+    contents.update(f"{torch.__version__} {COMPILER} {Path(__file__).read_text()}".encode())
+    for path in sorted([*sources, *engine, *headers]):
+        contents.update(path.read_bytes())
+    library = BUILT / f"{sanitizer}-{contents.hexdigest()[:16]}.so"
+    if library.exists():
+        return library
+    BUILT.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> str:
+        target = library.with_name(f"{library.stem}-{source.stem}.o")
+        watched = [] if source in engine else [*SANITIZERS[sanitizer], *INSTRUMENTED]
+        includes = [HERE, ROOT / "csrc", *cpp_extension.include_paths()]
+        _run(
+            *(COMPILER, *FLAGS, *watched, *(f"-D{name}" for name in defines)),
+            *(f"-I{path}" for path in includes),
+            *("-x", "c++", "-c", str(source), "-o", str(target)),
+        )
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, [*sources, *engine]))
+    # The hooks of the thread sanitizer are our own.
+    sanitized = SANITIZERS[sanitizer] if sanitizer == "address" else []
+    paths = cpp_extension.library_paths()
+    partial = library.with_suffix(f".{os.getpid()}")
+    _run(
+        *(COMPILER, "-shared", *sanitized, "-Wl,-Bsymbolic", *objects, "-o", str(partial)),
+        *(f"-L{path}" for path in paths),
+        *("-ltorch", "-ltorch_cpu", "-lc10"),
+    )
+    partial.rename(library)
+    for target in objects:
+        Path(target).unlink()
+    return library
+
+
+def environment(sanitizer: str) -> dict[str, str]:
+    """Of a process that loads such a library."""
+    if sanitizer != "address":
+        return dict(os.environ)
+    runtimes = [_run(COMPILER, f"-print-file-name={name}").strip() for name in ("libasan.so", "libubsan.so")]
+    return os.environ | {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_stack_use_after_return=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    return done.stdout

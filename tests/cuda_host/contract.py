@@ -1,0 +1,80 @@
+"""Runs the correctness suite of an operator on its CUDA kernels, built for the CPU by ``build.py``.
+
+    python tests/cuda_host/contract.py LIBRARY OPERATOR RESULTS [CHECK ...]
+
+In a process of its own: a sanitizer ends the process where it finds a fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from recsys_ops.testing import CHECKS, OperatorSpec, candidate, examples
+
+LIBRARY = "recsys_ops_cuda_host"
+
+
+def load_kernels(library: str, operator: str) -> SimpleNamespace:
+    """The operator's kernels by the names of its reference, which gives them their schemas."""
+    reference = importlib.import_module(f"recsys_ops.{operator}.reference")
+    names = importlib.import_module(f"recsys_ops.{operator}.autograd").FAKES
+    fragment = torch.library.Library(LIBRARY, "FRAGMENT")
+    for name in names:
+        fragment.define(name + torch.library.infer_schema(getattr(reference, name), mutates_args=()))
+    torch.ops.load_library(library)
+    load_kernels.fragment = fragment  # type: ignore[attr-defined]  # lives as long as the kernels
+    return SimpleNamespace(**{name: getattr(getattr(torch.ops, LIBRARY), name).default for name in names})
+
+
+def checking_values(kernels: SimpleNamespace, check: Callable[..., None]) -> SimpleNamespace:
+    """Kernels whose arguments are checked first: on a GPU, a bad value only says that there is one."""
+
+    def checked(kernel: Any) -> Callable[..., Any]:
+        names = [argument.name for argument in kernel._schema.arguments]
+
+        def call(*args: Any) -> Any:
+            check(SimpleNamespace(**dict(zip(names, args, strict=True))))
+            return kernel(*args)
+
+        return call
+
+    return SimpleNamespace(**{name: checked(kernel) for name, kernel in vars(kernels).items()})
+
+
+def _check_bags(call: SimpleNamespace) -> None:
+    from recsys_ops.embedding_bag.reference import check_values
+
+    rows = call.weight.shape[0] if hasattr(call, "weight") else call.num_embeddings
+    check_values(call.indices, call.offsets, rows, call.include_last_offset, call.drop_invalid)
+
+
+VALUE_CHECKS = {"embedding_bag": _check_bags}
+
+
+def run(library: str, operator: str, checks: list[str]) -> dict[str, Any]:
+    """For each check how many examples passed, and the failures."""
+    spec: OperatorSpec = importlib.import_module(f"recsys_ops.{operator}.cases").SPEC
+    kernels = checking_values(load_kernels(library, operator), VALUE_CHECKS[operator])
+    outcome: dict[str, Any] = {name: {"passed": 0, "failures": []} for name in checks}
+    with candidate(spec, kernels) as target:
+        for example in examples(spec, [target]):
+            if example.check.name in outcome:
+                result = example.run()
+                if result.ok:
+                    outcome[result.check]["passed"] += 1
+                else:
+                    outcome[result.check]["failures"].append(str(result))
+    return outcome
+
+
+if __name__ == "__main__":
+    library, operator, results, *only = sys.argv[1:]
+    Path(results).write_text(json.dumps(run(library, operator, only or list(CHECKS))))
