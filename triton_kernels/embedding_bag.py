@@ -7,8 +7,9 @@ the sparse gradient must learn how many rows it has.
 
 Backward, each of the N entries gets the number of its row as a key, a dead entry the
 number of rows. Sorted stably by key, the entries of a row form a run. Programs sum chunks
-of fixed length; a run that crosses chunks leaves one partial sum in each, which a second
-kernel adds up in order.
+of fixed length; a run that crosses chunks leaves at most two pieces in each, and the pieces
+are the sorted terms of the next level, until one chunk holds all. How many levels there are
+follows from N alone, so a CUDA graph can hold them. PyTorch sorts at most 2**31 - 1 entries.
 
 On a GPU, a bad index or offset fails an assertion in the kernel, as in PyTorch, and is
 never used as an address. On a CPU, where the interpreter runs, the host checks.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -31,7 +32,8 @@ from recsys_ops.triton_kernels import embedding_bag_kernels as kernels
 LANES = 64 if torch.version.hip else 32
 _VECTOR_BYTES = 16
 BAGS, ENTRIES = 8, 32  # the tile in which entries are found
-PARTS = 16  # partial sums of a long run in flight
+# Of one launch. CUDA limits the blocks of a grid, HIP its threads, and a block has up to 1024.
+MAX_PROGRAMS = (2**32 - 1) // 1024 if torch.version.hip else 2**31 - 1
 # Compile assertions in, but not the checks of integer arithmetic that come with them.
 ASSERTING = {"debug": True, "sanitize_overflow": False}
 
@@ -72,15 +74,21 @@ class EmbeddingBagBackwardConfig:
     def is_valid(self) -> bool:
         return (
             _are_powers_of_two(self)
+            and self.chunk >= 4  # for two pieces of each to be fewer than the terms
             and self.rows_in_flight <= self.chunk
             and _fits_registers(self.block_d * self.chunks_per_program * self.rows_in_flight, self.num_warps)
         )
 
     @classmethod
     @cache
-    def default(cls, dim: int, dtype: torch.dtype, lanes: int = LANES) -> EmbeddingBagBackwardConfig:
-        """As in the forward, chunks in the place of bags."""
-        return cls(*_tile_of_a_warp(dim, dtype, lanes))
+    def default(
+        cls, dim: int, dtype: torch.dtype, maximum: bool = False, lanes: int = LANES
+    ) -> EmbeddingBagBackwardConfig:
+        """As in the forward, chunks in the place of bags; of a maximum, positions fly beside the values."""
+        return cls(*_tile_of_a_warp(dim, dtype, lanes), rows_in_flight=4 if maximum else 8)
+
+
+_Config = TypeVar("_Config", EmbeddingBagForwardConfig, EmbeddingBagBackwardConfig)
 
 
 def _tile_of_a_warp(dim: int, dtype: torch.dtype, lanes: int) -> tuple[int, int]:
@@ -95,7 +103,13 @@ def _are_powers_of_two(config: EmbeddingBagForwardConfig | EmbeddingBagBackwardC
 
 
 def _fits_registers(elements: int, num_warps: int) -> bool:
-    return num_warps <= 32 and elements <= 128 * 32 * num_warps
+    return num_warps * LANES <= 1024 and elements <= 128 * LANES * num_warps
+
+
+def _checked(config: _Config | None) -> _Config | None:
+    if config is not None and not config.is_valid:
+        raise ValueError(f"embedding_bag: expected a valid configuration, got {config}")
+    return config
 
 
 def embedding_bag_forward(
@@ -107,11 +121,15 @@ def embedding_bag_forward(
     padding_idx: int,
     include_last_offset: bool,
     drop_invalid: bool,
+    *,
+    config: EmbeddingBagForwardConfig | None = None,
 ) -> Tensor:
     """Sum or mean of each bag, [B, D]."""
     bags = _Bags(indices, offsets, weight.shape[0], padding_idx, include_last_offset, drop_invalid)
     output = weight.new_empty(bags.num_bags, weight.shape[1])
-    _pool(kernels.embedding_bag_forward_kernel, (output,), weight, bags, per_sample_weights, MEAN=mean)
+    _pool(
+        kernels.embedding_bag_forward_kernel, (output,), weight, bags, config, per_sample_weights, MEAN=mean
+    )
     return output
 
 
@@ -122,12 +140,14 @@ def embedding_bag_max_forward(
     padding_idx: int,
     include_last_offset: bool,
     drop_invalid: bool,
+    *,
+    config: EmbeddingBagForwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Maximum of each bag, [B, D], and where it is: the position within the bag, int32 [B, D]."""
     bags = _Bags(indices, offsets, weight.shape[0], padding_idx, include_last_offset, drop_invalid)
     output = weight.new_empty(bags.num_bags, weight.shape[1])
     argmax = torch.empty_like(output, dtype=torch.int32)
-    _pool(kernels.embedding_bag_max_forward_kernel, (output, argmax), weight, bags)
+    _pool(kernels.embedding_bag_max_forward_kernel, (output, argmax), weight, bags, config)
     return output, argmax
 
 
@@ -143,13 +163,15 @@ def embedding_bag_backward(
     include_last_offset: bool,
     drop_invalid: bool,
     scale_grad_by_freq: bool,
+    *,
+    config: EmbeddingBagBackwardConfig | None = None,
 ) -> Tensor:
     """Gradient of the weight, [R, D] dense; with ``argmax`` that of the maximum."""
     bags = _Bags(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid)
     entries = _find_entries(bags, per_sample_weights, mean, scale_grad_by_freq, grad_output.dtype)
     rows, order = _sort(entries, scale_grad_by_freq)
     grad = grad_output.new_zeros(num_embeddings, grad_output.shape[1])
-    _sum_runs(grad, grad_output, rows, order, entries, argmax, offsets)
+    _sum_runs(grad, grad_output, rows, order, entries, argmax, offsets, config)
     return grad
 
 
@@ -164,6 +186,8 @@ def embedding_bag_backward_sparse(
     include_last_offset: bool,
     drop_invalid: bool,
     scale_grad_by_freq: bool,
+    *,
+    config: EmbeddingBagBackwardConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the weight as its U touched rows in ascending order: int64 [U] and [U, D]."""
     bags = _Bags(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid)
@@ -175,7 +199,7 @@ def embedding_bag_backward_sparse(
     touched = rows[starts].long()
     slots = torch.where(live, starts.cumsum(0) - 1, len(touched))
     values = grad_output.new_empty(len(touched), grad_output.shape[1])
-    _sum_runs(values, grad_output, slots, order, entries, None, offsets)
+    _sum_runs(values, grad_output, slots, order, entries, None, offsets, config)
     return touched, values
 
 
@@ -188,6 +212,8 @@ def embedding_bag_backward_per_sample_weights(
     padding_idx: int,
     include_last_offset: bool,
     drop_invalid: bool,
+    *,
+    config: EmbeddingBagForwardConfig | None = None,
 ) -> Tensor:
     """Gradient of the per-sample weights, [N]; 0 where an entry is not live."""
     num_embeddings, dim = weight.shape
@@ -196,26 +222,28 @@ def embedding_bag_backward_per_sample_weights(
     if dim == 0:
         return weight.new_zeros(len(indices))
     grad = weight.new_empty(len(indices))
-    config = EmbeddingBagForwardConfig.default(dim, weight.dtype)
+    config = _checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
     block = config.bags_per_program * config.rows_in_flight
-    with torch.cuda.device_of(weight):
-        kernels.embedding_bag_backward_per_sample_weights_kernel[(triton.cdiv(len(indices), block),)](
-            grad,
-            grad_output,
-            weight,
-            entries.keys,
-            entries.bags,
-            entries.factors,
-            len(indices),
-            num_embeddings,
-            D=dim,
-            ROW_STRIDE=weight.stride(0),
-            COLUMN_STRIDE=weight.stride(1),
-            ACCUMULATE=_accumulate(weight.dtype),
-            BLOCK_D=config.block_d,
-            ENTRIES=block,
-            num_warps=config.num_warps,
-        )
+    _launch(
+        kernels.embedding_bag_backward_per_sample_weights_kernel,
+        triton.cdiv(len(indices), block),
+        grad,
+        grad_output,
+        weight,
+        entries.keys,
+        entries.bags,
+        entries.factors,
+        len(indices),
+        num_embeddings,
+        dim,
+        D=dim,
+        ROW_STRIDE=weight.stride(0),
+        COLUMN_STRIDE=weight.stride(1),
+        ACCUMULATE=_accumulate(weight.dtype),
+        BLOCK_D=config.block_d,
+        ENTRIES=block,
+        num_warps=config.num_warps,
+    )
     return grad
 
 
@@ -249,7 +277,7 @@ class _Entries(NamedTuple):
     """The entries of all bags, [N]. Of a dead one, the key is the number of rows, and the rest undefined."""
 
     keys: Tensor  # int32, or int64 for a table too long for it
-    bags: Tensor  # int32
+    bags: Tensor  # int32, or int64 for too many of them
     factors: Tensor | None  # fp32 or fp64; None: all are 1
 
 
@@ -258,6 +286,7 @@ def _pool(
     outputs: tuple[Tensor, ...],
     weight: Tensor,
     bags: _Bags,
+    config: EmbeddingBagForwardConfig | None,
     *optional: Tensor | None,
     **constants: Any,
 ) -> None:
@@ -265,55 +294,66 @@ def _pool(
     if outputs[0].numel() == 0:
         return
     dim = weight.shape[1]
-    config = EmbeddingBagForwardConfig.default(dim, weight.dtype)
-    grid = (triton.cdiv(bags.num_bags, config.bags_per_program), triton.cdiv(dim, config.block_d))
-    with torch.cuda.device_of(weight):
-        kernel[grid](
-            *outputs,
-            weight,
-            bags.indices,
-            bags.offsets,
-            *optional,
-            *bags.sizes,
-            **constants,
-            D=dim,
-            ROW_STRIDE=weight.stride(0),
-            COLUMN_STRIDE=weight.stride(1),
-            DROP_INVALID=bags.drop_invalid,
-            ACCUMULATE=_accumulate(weight.dtype),
-            BLOCK_D=config.block_d,
-            BAGS=config.bags_per_program,
-            ROWS=config.rows_in_flight,
-            num_warps=config.num_warps,
-            **ASSERTING,
-        )
+    config = _checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
+    _launch(
+        kernel,
+        triton.cdiv(bags.num_bags, config.bags_per_program) * triton.cdiv(dim, config.block_d),
+        *outputs,
+        weight,
+        bags.indices,
+        bags.offsets,
+        *optional,
+        *bags.sizes,
+        **constants,
+        D=dim,
+        ROW_STRIDE=weight.stride(0),
+        COLUMN_STRIDE=weight.stride(1),
+        DROP_INVALID=bags.drop_invalid,
+        ACCUMULATE=_accumulate(weight.dtype),
+        BLOCK_D=config.block_d,
+        BAGS=config.bags_per_program,
+        ROWS=config.rows_in_flight,
+        num_warps=config.num_warps,
+        **ASSERTING,
+    )
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """Run that many programs on the device of the first argument, sliced where they exceed a grid."""
+    with torch.cuda.device_of(args[0]):
+        for first in range(0, programs, MAX_PROGRAMS):
+            kernel[(min(programs - first, MAX_PROGRAMS),)](*args, first_program=first, **constants)
 
 
 def _find_entries(
     bags: _Bags, per_sample_weights: Tensor | None, mean: bool, always_factors: bool, dtype: torch.dtype
 ) -> _Entries:
-    key_type = torch.int32 if bags.num_embeddings < 2**31 else torch.int64
-    keys = torch.full_like(bags.indices, bags.num_embeddings, dtype=key_type)
-    numbers = torch.empty_like(bags.indices, dtype=torch.int32)
+    keys = torch.full_like(bags.indices, bags.num_embeddings, dtype=_number_type(bags.num_embeddings))
+    numbers = torch.empty_like(bags.indices, dtype=_number_type(bags.num_bags))
     factors = None
     if per_sample_weights is not None or mean or always_factors:
         factors = torch.empty_like(bags.indices, dtype=torch.promote_types(dtype, torch.float32))
-    with torch.cuda.device_of(bags.indices):
-        kernels.embedding_bag_entries_kernel[(triton.cdiv(bags.num_bags, BAGS),)](
-            keys,
-            numbers,
-            factors,
-            bags.indices,
-            bags.offsets,
-            per_sample_weights,
-            *bags.sizes,
-            MEAN=mean,
-            DROP_INVALID=bags.drop_invalid,
-            BAGS=BAGS,
-            ENTRIES=ENTRIES,
-            **ASSERTING,
-        )
+    _launch(
+        kernels.embedding_bag_entries_kernel,
+        triton.cdiv(bags.num_bags, BAGS),
+        keys,
+        numbers,
+        factors,
+        bags.indices,
+        bags.offsets,
+        per_sample_weights,
+        *bags.sizes,
+        MEAN=mean,
+        DROP_INVALID=bags.drop_invalid,
+        BAGS=BAGS,
+        ENTRIES=ENTRIES,
+        **ASSERTING,
+    )
     return _Entries(keys, numbers, factors)
+
+
+def _number_type(largest: int) -> torch.dtype:
+    return torch.int32 if largest < 2**31 else torch.int64
 
 
 def _sort(entries: _Entries, scale_grad_by_freq: bool) -> tuple[Tensor, Tensor]:
@@ -333,28 +373,29 @@ def _sum_runs(
     entries: _Entries,
     argmax: Tensor | None,
     offsets: Tensor,
+    config: EmbeddingBagBackwardConfig | None,
 ) -> None:
     """Write the sum of each run to its row of ``grad``; an entry whose row is past the last is dead."""
     num_rows, dim = grad.shape
-    num_indices = len(rows)
-    if grad.numel() == 0 or num_indices == 0:
+    if grad.numel() == 0 or len(rows) == 0:
         return
-    config = EmbeddingBagBackwardConfig.default(dim, grad.dtype)
-    num_chunks, blocks = triton.cdiv(num_indices, config.chunk), triton.cdiv(dim, config.block_d)
-    accumulate = torch.promote_types(grad.dtype, torch.float32)
-    partials = grad.new_empty(num_chunks, 2, dim, dtype=accumulate)
-    with torch.cuda.device_of(grad):
-        kernels.embedding_bag_backward_kernel[(triton.cdiv(num_chunks, config.chunks_per_program), blocks)](
+    config = _checked(config) or EmbeddingBagBackwardConfig.default(dim, grad.dtype, argmax is not None)
+    terms = grad_output
+    of_entries: tuple[Tensor | None, ...] = (order, entries.bags, entries.factors, argmax, offsets)
+    for num_terms in _levels(len(rows), config.chunk):
+        num_chunks = triton.cdiv(num_terms, config.chunk)
+        pieces = grad.new_empty(2 * num_chunks, dim, dtype=torch.promote_types(grad.dtype, torch.float32))
+        targets = rows.new_empty(2 * num_chunks)
+        _launch(
+            kernels.embedding_bag_backward_kernel,
+            triton.cdiv(num_chunks, config.chunks_per_program) * triton.cdiv(dim, config.block_d),
             grad,
-            partials,
-            grad_output,
+            pieces,
+            targets,
+            terms,
             rows,
-            order,
-            entries.bags,
-            entries.factors,
-            argmax,
-            offsets,
-            num_indices,
+            *of_entries,
+            num_terms,
             num_rows,
             D=dim,
             ACCUMULATE=_accumulate(grad.dtype),
@@ -364,18 +405,15 @@ def _sum_runs(
             ROWS=config.rows_in_flight,
             num_warps=config.num_warps,
         )
-        kernels.embedding_bag_backward_long_runs_kernel[(num_chunks - 1, blocks)](
-            grad,
-            partials,
-            rows,
-            num_indices,
-            num_rows,
-            D=dim,
-            BLOCK_D=config.block_d,
-            CHUNK=config.chunk,
-            PARTS=PARTS,
-            num_warps=1,
-        )
+        terms, rows, of_entries = pieces, targets, (None,) * 5
+
+
+def _levels(num_terms: int, chunk: int) -> list[int]:
+    """How many terms each level sums: of every chunk, two pieces reach the next, until there is but one."""
+    levels = [num_terms]
+    while levels[-1] > chunk:
+        levels.append(2 * triton.cdiv(levels[-1], chunk))
+    return levels
 
 
 def _accumulate(dtype: torch.dtype) -> tl.dtype:

@@ -1,7 +1,7 @@
 """Device code of the embedding bag; ``embedding_bag.py`` launches it.
 
-Programs of a two-dimensional grid are numbered by bags (or chunks) first, then by blocks of
-columns. Shapes in comments: BAGS or CHUNKS side by side, BLOCK_D columns each.
+Programs of a one-dimensional grid are numbered by blocks of columns first, then by bags (or
+chunks). Shapes in comments: BAGS or CHUNKS side by side, BLOCK_D columns each.
 
 A table's width and strides are compile-time constants: so the compiler drops the mask of
 full tiles, proves alignment, and gets 16-byte loads where they exist. What varies
@@ -12,7 +12,17 @@ from batch to batch is never specialised on.
 import triton
 import triton.language as tl
 
-_VARYING = ["num_bags", "num_offsets", "num_indices", "num_embeddings", "num_rows", "padding_idx"]
+_VARYING = ["num_bags", "num_offsets", "num_indices", "num_embeddings", "padding_idx"]
+_VARYING += ["num_terms", "num_rows", "num_columns", "first_program"]
+
+
+@triton.jit
+def _tile_and_block(first_program, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Which bags (or chunks) and which block of columns a program has: int64."""
+    program = tl.program_id(0).to(tl.int64) + first_program
+    blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    # The blocks of a row run together: its ids come from memory once, and its cells from one page of it.
+    return program // blocks, program % blocks
 
 
 @triton.jit
@@ -41,18 +51,19 @@ def _count_live(
 ):
     """Live entries of each bag, [BAGS], asserting that all are valid unless they may be dropped.
 
-    Reads 32 ids of a bag at a time, so whoever reads them next finds them in the cache.
+    Reads several ids of a bag at a time, so whoever reads them next finds them in the cache.
     """
-    count = tl.zeros([BAGS, 32], tl.int32)
-    for first in range(0, tl.max(end - begin), 32):
-        entries = begin[:, None] + first + tl.arange(0, 32)[None, :]
+    ids: tl.constexpr = min(32, max(8, 128 // BAGS))
+    count = tl.zeros([BAGS, ids], tl.int32)
+    for first in range(0, tl.max(end - begin), ids):
+        entries = begin[:, None] + first + tl.arange(0, ids)[None, :]
         inside = entries < end[:, None]
         rows, live = _live_rows(indices_ptr, entries, inside, num_embeddings, padding_idx)
         if not DROP_INVALID:
             valid = (rows >= 0) & (rows < num_embeddings)
             tl.device_assert(valid | ~inside, "embedding_bag: expected indices in [0, num_embeddings)")
         count += live
-    return tl.sum(count, 1)
+    return tl.sum(count.to(tl.int64), 1)
 
 
 @triton.jit
@@ -76,6 +87,7 @@ def embedding_bag_forward_kernel(
     num_indices,
     num_embeddings,
     padding_idx,
+    first_program,
     D: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
@@ -87,8 +99,9 @@ def embedding_bag_forward_kernel(
     ROWS: tl.constexpr,
 ):
     """Sum or mean of each bag, its entries added in order."""
-    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile, block = _tile_and_block(first_program, D, BLOCK_D)
+    bags = tile * BAGS + tl.arange(0, BAGS)
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
     begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
@@ -129,6 +142,7 @@ def embedding_bag_max_forward_kernel(
     num_indices,
     num_embeddings,
     padding_idx,
+    first_program,
     D: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
@@ -139,8 +153,9 @@ def embedding_bag_max_forward_kernel(
     ROWS: tl.constexpr,
 ):
     """Maximum of each bag and the position of its first occurrence."""
-    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile, block = _tile_and_block(first_program, D, BLOCK_D)
+    bags = tile * BAGS + tl.arange(0, BAGS)
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
     begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
@@ -183,13 +198,14 @@ def embedding_bag_entries_kernel(
     num_indices,
     num_embeddings,
     padding_idx,
+    first_program,
     MEAN: tl.constexpr,
     DROP_INVALID: tl.constexpr,
     BAGS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
     """Row, bag and factor of each live entry: the factor is its weight, over the bag's size for a mean."""
-    bags = tl.program_id(0).to(tl.int64) * BAGS + tl.arange(0, BAGS)
+    bags = (tl.program_id(0).to(tl.int64) + first_program) * BAGS + tl.arange(0, BAGS)
     begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
     if MEAN or not DROP_INVALID:
         size = _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
@@ -208,24 +224,26 @@ def embedding_bag_entries_kernel(
 
 
 @triton.jit
-def _load_rows(rows_ptr, positions, num_indices, num_rows):
-    """Rows of sorted entries; ``num_rows``, the mark of a dead entry, before the first and after the last."""
-    return tl.load(rows_ptr + positions, mask=(positions >= 0) & (positions < num_indices), other=num_rows)
+def _load_rows(rows_ptr, positions, num_terms, num_rows):
+    """Rows of sorted terms; ``num_rows``, the mark of a dead term, before the first and after the last."""
+    return tl.load(rows_ptr + positions, mask=(positions >= 0) & (positions < num_terms), other=num_rows)
 
 
 @triton.jit(do_not_specialize=_VARYING)
 def embedding_bag_backward_kernel(
     grad_weight_ptr,
-    partials_ptr,
-    grad_output_ptr,
+    pieces_ptr,
+    targets_ptr,
+    terms_ptr,
     rows_ptr,
     order_ptr,
     bags_ptr,
     factors_ptr,
     argmax_ptr,
     offsets_ptr,
-    num_indices,
+    num_terms,
     num_rows,
+    first_program,
     D: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -233,32 +251,39 @@ def embedding_bag_backward_kernel(
     CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sums the runs in each chunk of sorted entries, in order.
+    """Sums the runs in each chunk of sorted terms, in order.
 
-    A run that starts and ends in the chunk goes to its row of the gradient. Of one that crosses
-    chunks, the first part goes to ``partials[chunk, 1]``, each later part to ``partials[chunk, 0]``.
+    The terms are the gradients of the bags, by way of ``order``, or without one the pieces
+    that the level before left. A run that starts and ends in the chunk goes to its row of the
+    gradient. One that crosses chunks leaves pieces: ``pieces[2 * chunk]`` where it began before
+    the chunk, ``pieces[2 * chunk + 1]`` where it goes on after it, with their rows in ``targets``.
+    A chunk inside a run leaves its sum and zeros, so that the pieces of a run stay side by side.
     """
-    chunks = tl.program_id(0).to(tl.int64) * CHUNKS + tl.arange(0, CHUNKS)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    tile, block = _tile_and_block(first_program, D, BLOCK_D)
+    chunks = tile * CHUNKS + tl.arange(0, CHUNKS)
+    columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     begin = chunks * CHUNK
-    first_row = _load_rows(rows_ptr, begin, num_indices, num_rows)
+    first_row = _load_rows(rows_ptr, begin, num_terms, num_rows)
     starts_before = (first_row < num_rows) & (
-        first_row == _load_rows(rows_ptr, begin - 1, num_indices, num_rows)
+        first_row == _load_rows(rows_ptr, begin - 1, num_terms, num_rows)
     )
     run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
     first_run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
     for first in range(0, CHUNK, ROWS):
-        rows = (_load_rows(rows_ptr, begin + first, num_indices, num_rows),)
+        rows = (_load_rows(rows_ptr, begin + first, num_terms, num_rows),)
         in_flight = ()
         factors = ()
         for i in tl.static_range(ROWS):
             positions = begin + (first + i)
             live = rows[i] < num_rows
-            entries = tl.load(order_ptr + positions, mask=live, other=0)
-            bags = tl.load(bags_ptr + entries, mask=live, other=0).to(tl.int64)
-            cells = (bags * D)[:, None] + columns[None, :]  # [CHUNKS, BLOCK_D]
-            values = tl.load(grad_output_ptr + cells, mask=live[:, None] & in_row, other=0)
+            if order_ptr is None:
+                cells = (positions * D)[:, None] + columns[None, :]  # [CHUNKS, BLOCK_D]
+            else:
+                entries = tl.load(order_ptr + positions, mask=live, other=0)
+                bags = tl.load(bags_ptr + entries, mask=live, other=0).to(tl.int64)
+                cells = (bags * D)[:, None] + columns[None, :]
+            values = tl.load(terms_ptr + cells, mask=live[:, None] & in_row, other=0)
             if factors_ptr is not None:
                 factors += (tl.load(factors_ptr + entries, mask=live, other=0),)
             if argmax_ptr is not None:
@@ -266,7 +291,7 @@ def embedding_bag_backward_kernel(
                 winner = tl.load(argmax_ptr + cells, mask=live[:, None] & in_row, other=-1)
                 values = tl.where(winner == position_in_bag[:, None], values, 0)
             in_flight += (values,)
-            rows += (_load_rows(rows_ptr, positions + 1, num_indices, num_rows),)
+            rows += (_load_rows(rows_ptr, positions + 1, num_terms, num_rows),)
         for i in tl.static_range(ROWS):
             if factors_ptr is None:
                 run += in_flight[i].to(ACCUMULATE)
@@ -278,50 +303,16 @@ def embedding_bag_backward_kernel(
             tl.store(target, run, mask=(ends & ~in_first_run)[:, None] & in_row)
             first_run = tl.where(in_first_run[:, None], run, first_run)
             run = tl.where(ends[:, None], 0, run)
-    last_row = _load_rows(rows_ptr, begin + CHUNK - 1, num_indices, num_rows)
-    goes_on = (last_row < num_rows) & (last_row == _load_rows(rows_ptr, begin + CHUNK, num_indices, num_rows))
-    is_first_part = goes_on & ~(starts_before & (last_row == first_row))
-    partials = partials_ptr + (chunks * 2 * D)[:, None] + columns[None, :]
-    tl.store(partials, first_run, mask=starts_before[:, None] & in_row)
-    tl.store(partials + D, run, mask=is_first_part[:, None] & in_row)
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def embedding_bag_backward_long_runs_kernel(
-    grad_weight_ptr,
-    partials_ptr,
-    rows_ptr,
-    num_indices,
-    num_rows,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    """Adds up, in order, the parts of the run that starts in this chunk and goes on after it, if any does."""
-    chunk = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = columns < D
-    last = (chunk + 1) * CHUNK - 1
-    row = _load_rows(rows_ptr, last, num_indices, num_rows)
-    goes_on = (row < num_rows) & (row == _load_rows(rows_ptr, last + 1, num_indices, num_rows))
-    if goes_on & (row != _load_rows(rows_ptr, chunk * CHUNK - 1, num_indices, num_rows)):
-        num_parts = 0
-        while goes_on:
-            starts = (chunk + 1 + num_parts + tl.arange(0, 128)) * CHUNK
-            found = tl.sum((_load_rows(rows_ptr, starts, num_indices, num_rows) == row).to(tl.int32))
-            num_parts += found
-            goes_on = found == 128
-        parts = partials_ptr + (chunk + 1) * 2 * D + columns
-        run = tl.load(parts - D, mask=in_row, other=0)
-        for first in range(0, num_parts, PARTS):
-            in_flight = ()
-            for i in tl.static_range(PARTS):
-                mask = (first + i < num_parts) & in_row
-                in_flight += (tl.load(parts + tl.cast(first + i, tl.int64) * 2 * D, mask=mask, other=0),)
-            for i in tl.static_range(PARTS):
-                run += in_flight[i]
-        tl.store(grad_weight_ptr + row.to(tl.int64) * D + columns, run, mask=in_row)
+    last_row = _load_rows(rows_ptr, begin + CHUNK - 1, num_terms, num_rows)
+    goes_on = (last_row < num_rows) & (last_row == _load_rows(rows_ptr, begin + CHUNK, num_terms, num_rows))
+    is_inside_a_run = starts_before & (last_row == first_row)
+    pieces = pieces_ptr + (chunks * 2 * D)[:, None] + columns[None, :]
+    tl.store(pieces, first_run, mask=starts_before[:, None] & in_row)
+    tl.store(pieces + D, tl.where(is_inside_a_run[:, None], 0, run), mask=goes_on[:, None] & in_row)
+    targets = targets_ptr + chunks * 2
+    exists = (begin < num_terms) & (block == 0)
+    tl.store(targets, tl.where(starts_before, first_row, num_rows), mask=exists)
+    tl.store(targets + 1, tl.where(goes_on, last_row, num_rows), mask=exists)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -334,6 +325,8 @@ def embedding_bag_backward_per_sample_weights_kernel(
     factors_ptr,
     num_indices,
     num_embeddings,
+    num_columns,
+    first_program,
     D: tl.constexpr,
     ROW_STRIDE: tl.constexpr,
     COLUMN_STRIDE: tl.constexpr,
@@ -342,17 +335,21 @@ def embedding_bag_backward_per_sample_weights_kernel(
     ENTRIES: tl.constexpr,
 ):
     """Dot product of each entry's row with the gradient of its bag."""
-    entries = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)[:, None]  # [ENTRIES, 1]
+    tile = tl.program_id(0).to(tl.int64) + first_program
+    entries = tile * ENTRIES + tl.arange(0, ENTRIES)[:, None]  # [ENTRIES, 1]
     rows = tl.load(keys_ptr + entries, mask=entries < num_indices, other=num_embeddings).to(tl.int64)
     live = rows < num_embeddings
     bags = tl.load(bags_ptr + entries, mask=live, other=0).to(tl.int64)
-    products = tl.zeros([ENTRIES, BLOCK_D], ACCUMULATE)
-    for first in range(0, D, BLOCK_D):
+    vector: tl.constexpr = min(BLOCK_D, 128 // weight_ptr.dtype.element_ty.primitive_bitwidth)
+    products = tl.zeros([ENTRIES, BLOCK_D // vector], ACCUMULATE)  # a lane adds up what it loads at once
+    # Told how many blocks there are, compilers unroll the loop: on AMD until it spills.
+    for first in range(0, D if D <= BLOCK_D else num_columns, BLOCK_D):
         columns = first + tl.arange(0, BLOCK_D)[None, :].to(tl.int64)  # [1, BLOCK_D]
         mask = live & (columns < D)
         gradients = tl.load(grad_output_ptr + bags * D + columns, mask=mask, other=0)
         values = tl.load(weight_ptr + rows * ROW_STRIDE + columns * COLUMN_STRIDE, mask=mask, other=0)
-        products += gradients.to(ACCUMULATE) * values.to(ACCUMULATE)
+        in_block = gradients.to(ACCUMULATE) * values.to(ACCUMULATE)
+        products += tl.sum(tl.reshape(in_block, [ENTRIES, BLOCK_D // vector, vector]), 2)
     grad = tl.sum(products, 1, keep_dims=True)
     if factors_ptr is not None:
         grad *= tl.load(factors_ptr + entries, mask=live, other=0)

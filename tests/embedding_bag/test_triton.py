@@ -7,6 +7,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ from recsys_ops.triton_kernels.embedding_bag import (  # noqa: E402
 R = 7
 PADDING = 3
 BAGS: dict[str, Any] = {"padding_idx": PADDING, "include_last_offset": True, "drop_invalid": True}
+PLAIN: dict[str, Any] = {"padding_idx": -1, "include_last_offset": False, "drop_invalid": True}
+Config = EmbeddingBagForwardConfig | EmbeddingBagBackwardConfig
 
 
 @pytest.fixture
@@ -64,19 +67,20 @@ def whole(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(-8, 9, shape, generator=generator).to(DEVICE, torch.float32)
 
 
-def agree(name: str, *args: Any, **options: Any) -> None:
+def agree(name: str, *args: Any, config: Config | None = None, **options: Any) -> None:
     """Hold a kernel to the error budget of the reference in the same precision."""
 
-    def run(module: Any, convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    def run(function: Callable[..., Any], convert: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
         converted = [convert(a) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-        found = getattr(module, name)(*converted, **options)
+        found = function(*converted, **options)
         return found if isinstance(found, tuple) else (found,)
 
+    wanted = getattr(reference, name)
     with poisoned_memory() as violations:
-        found = run(kernels, torch.clone)
+        found = run(partial(getattr(kernels, name), config=config), torch.clone)
     assert not violations
-    eager, exact = run(reference, torch.clone), run(reference, Tensor.double)
-    magnitude = run(reference, lambda t: t.double().abs())
+    eager, exact = run(wanted, torch.clone), run(wanted, Tensor.double)
+    magnitude = run(wanted, lambda t: t.double().abs())
     for result in zip(found, eager, exact, magnitude, strict=True):
         if result[0].is_floating_point():
             comparison = compare(*result)
@@ -85,9 +89,10 @@ def agree(name: str, *args: Any, **options: Any) -> None:
             assert torch.equal(result[0], result[1])
 
 
-def same(name: str, *args: Any, **options: Any) -> Any:
+def same(name: str, *args: Any, config: Config | None = None, **options: Any) -> Any:
     """Hold a kernel to the very values of the reference; gives back the result."""
-    found, wanted = (getattr(module, name)(*args, **options) for module in (kernels, reference))
+    found = getattr(kernels, name)(*args, **options, config=config)
+    wanted = getattr(reference, name)(*args, **options)
     pairs = zip(found, wanted, strict=True) if isinstance(found, tuple) else [(found, wanted)]
     for f, w in pairs:
         assert (f.shape, f.dtype) == (w.shape, w.dtype)
@@ -96,9 +101,11 @@ def same(name: str, *args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in vars(reference) if name.startswith("embedding_bag_")])
-def test_signatures_are_those_of_the_contract(name: str) -> None:
+def test_signatures_are_those_of_the_contract_and_a_configuration(name: str) -> None:
     ours, wanted = (inspect.signature(getattr(module, name)) for module in (kernels, reference))
-    assert ours == wanted
+    *parameters, config = ours.parameters.values()
+    assert ours.replace(parameters=parameters) == wanted
+    assert (config.name, config.kind, config.default) == ("config", config.KEYWORD_ONLY, None)
 
 
 @pytest.mark.parametrize(
@@ -146,77 +153,177 @@ def test_maximum_of_bags_that_start_with_dead_entries_and_nan() -> None:
     assert output.isnan().flatten().tolist() == [True, False, True, False, False, False]
 
 
-class Tiles:
-    """Replaces the default tiles inside a test."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.monkeypatch = monkeypatch
-
-    def use(self, config: EmbeddingBagForwardConfig | EmbeddingBagBackwardConfig) -> None:
-        assert config.is_valid
-        self.monkeypatch.setattr(type(config), "default", lambda *args: config)
-
-
-@pytest.fixture
-def tiles(monkeypatch: pytest.MonkeyPatch) -> Tiles:
-    return Tiles(monkeypatch)
+FORWARD_CONFIGS = [
+    EmbeddingBagForwardConfig(8, 1, 8),
+    EmbeddingBagForwardConfig(4, 2, 2),
+    EmbeddingBagForwardConfig(1, 8, 4),
+    EmbeddingBagForwardConfig(2, 4, 1, num_warps=2),
+]
+BACKWARD_CONFIGS = [
+    EmbeddingBagBackwardConfig(8, 1, chunk=4, rows_in_flight=1),
+    EmbeddingBagBackwardConfig(4, 2, chunk=8, rows_in_flight=8),
+    EmbeddingBagBackwardConfig(1, 4, chunk=16, rows_in_flight=2),
+    EmbeddingBagBackwardConfig(2, 1, chunk=64, rows_in_flight=4, num_warps=2),
+]
 
 
-def test_tiles_do_not_change_the_forward_by_a_bit(generator: torch.Generator, tiles: Tiles) -> None:
+def test_configurations_do_not_change_the_forward_by_a_bit(generator: torch.Generator) -> None:
     indices, offsets = bags(generator, [3, 0, 9, 1])
     weight, factors = normal(generator, R, 6), normal(generator, 13)
-    outputs, maxima = [], []
-    for block_d, bags_per_program, rows in ((8, 1, 8), (4, 2, 2), (1, 8, 4)):
-        tiles.use(EmbeddingBagForwardConfig(block_d, bags_per_program, rows))
-        outputs.append(kernels.embedding_bag_forward(weight, indices, offsets, factors, True, **BAGS))
-        maxima.append(kernels.embedding_bag_max_forward(weight, indices, offsets, **BAGS))
-    for output, (highest, argmax) in zip(outputs[1:], maxima[1:], strict=True):
-        assert first_difference(output, outputs[0]) is None
-        assert first_difference(highest, maxima[0][0]) is None
-        assert first_difference(argmax, maxima[0][1]) is None
+    output = kernels.embedding_bag_forward(weight, indices, offsets, factors, True, **BAGS)
+    maximum = kernels.embedding_bag_max_forward(weight, indices, offsets, **BAGS)
+    for config in FORWARD_CONFIGS:
+        args = (weight, indices, offsets)
+        other = kernels.embedding_bag_forward(*args, factors, True, **BAGS, config=config)
+        others = kernels.embedding_bag_max_forward(*args, **BAGS, config=config)
+        for found, wanted in zip((other, *others), (output, *maximum), strict=True):
+            assert first_difference(found, wanted) is None
 
 
-RUNS = [[1] * 9, [4, 4], [3, 1, 4], [8], [2, 7, 1, 1], [17], [1, 16, 1], [5, 1, 1, 1, 9]]
+@pytest.mark.parametrize("config", BACKWARD_CONFIGS, ids=str)
+def test_configurations_agree_on_gradients_of_rows(
+    generator: torch.Generator, config: EmbeddingBagBackwardConfig
+) -> None:
+    indices, offsets = bags(generator, [30, 0, 41, 2], tail=2)
+    grad, factors = normal(generator, 4, 3), normal(generator, 75)
+    args = (grad, indices, offsets, factors)
+    options = {**BAGS, "scale_grad_by_freq": False, "config": config}
+    agree("embedding_bag_backward", *args, None, R, True, **options)
+    agree("embedding_bag_backward_sparse", *args, R, True, **options)
+    _, argmax = reference.embedding_bag_max_forward(normal(generator, R, 3), indices, offsets, **BAGS)
+    agree("embedding_bag_backward", grad, indices, offsets, None, argmax, R, False, **options)
+
+
+@pytest.mark.parametrize("config", FORWARD_CONFIGS, ids=str)
+def test_configurations_agree_on_gradients_of_weights(
+    generator: torch.Generator, config: EmbeddingBagForwardConfig
+) -> None:
+    indices, offsets = bags(generator, [3, 0, 9, 1])
+    args = (normal(generator, 4, 6), normal(generator, R, 6), indices, offsets, True)
+    agree("embedding_bag_backward_per_sample_weights", *args, **BAGS, config=config)
+
+
+def test_an_invalid_configuration_is_refused(generator: torch.Generator) -> None:
+    indices, offsets = bags(generator, [3, 2])
+    weight, config = normal(generator, R, 6), EmbeddingBagForwardConfig(3, 1)
+    with pytest.raises(ValueError, match=r"expected a valid configuration, got .*block_d=3"):
+        kernels.embedding_bag_forward(weight, indices, offsets, None, False, **BAGS, config=config)
+
+
+RUNS = [[1] * 9, [4, 4], [3, 1, 4], [8], [2, 7, 1, 1], [17], [1, 16, 1], [5, 1, 1, 1, 9], [6, 30, 6, 2, 40]]
 
 
 @pytest.mark.parametrize("lengths", RUNS, ids=str)
 @pytest.mark.parametrize("dead", [0, 3])
-def test_runs_that_cross_chunks(
-    generator: torch.Generator, tiles: Tiles, monkeypatch: pytest.MonkeyPatch, lengths: list[int], dead: int
-) -> None:
-    tiles.use(EmbeddingBagBackwardConfig(block_d=2, chunks_per_program=2, chunk=4, rows_in_flight=2))
-    monkeypatch.setattr(kernels, "PARTS", 2)
+def test_runs_that_cross_chunks(generator: torch.Generator, lengths: list[int], dead: int) -> None:
+    config = EmbeddingBagBackwardConfig(block_d=2, chunks_per_program=2, chunk=4, rows_in_flight=2)
     rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     indices = torch.cat([rows, torch.full((dead,), -1)])
     indices = indices[torch.randperm(len(indices), generator=generator)].to(DEVICE)
     offsets = torch.arange(0, len(indices), 2, device=DEVICE)
     grad = whole(generator, len(offsets), 3)
-    options = {"mean": False, "padding_idx": -1, "include_last_offset": False, "drop_invalid": True}
-    options |= {"scale_grad_by_freq": False}
-    same("embedding_bag_backward", grad, indices, offsets, None, None, len(lengths) + 1, **options)
-    same("embedding_bag_backward_sparse", grad, indices, offsets, None, len(lengths) + 1, **options)
+    rest = {"num_embeddings": len(lengths) + 1, "mean": False, **PLAIN, "scale_grad_by_freq": False}
+    same("embedding_bag_backward", grad, indices, offsets, None, None, **rest, config=config)
+    same("embedding_bag_backward_sparse", grad, indices, offsets, None, **rest, config=config)
 
 
-@pytest.mark.parametrize("count", [127, 128, 129, 300])
-def test_one_run_over_many_chunks(generator: torch.Generator, tiles: Tiles, count: int) -> None:
-    tiles.use(EmbeddingBagBackwardConfig(block_d=1, chunks_per_program=32, chunk=1, rows_in_flight=1))
-    indices = torch.ones(count + 2, dtype=torch.int64, device=DEVICE)
-    indices[-1] = 2
-    offsets = torch.arange(0, len(indices), 16, device=DEVICE)
-    grad = whole(generator, len(offsets), 1).half()
-    options = {"mean": False, "padding_idx": -1, "include_last_offset": False, "drop_invalid": False}
-    found = same(
-        "embedding_bag_backward", grad, indices, offsets, None, None, 3, **options, scale_grad_by_freq=False
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_giant_run_among_others(
+    generator: torch.Generator, launches: list[tuple[str, int]], dtype: torch.dtype
+) -> None:
+    indices = torch.cat([torch.full((5000,), 4), torch.randint(0, 40, (300,), generator=generator)])
+    indices = indices[torch.randperm(5300, generator=generator)].to(DEVICE)
+    offsets = torch.arange(0, 5300, 50, device=DEVICE)
+    grad = normal(generator, len(offsets), 4, dtype=dtype)
+    rest = {"num_embeddings": 41, "mean": False, **PLAIN, "scale_grad_by_freq": False}
+    agree("embedding_bag_backward", grad, indices, offsets, None, None, **rest)
+    agree("embedding_bag_backward_sparse", grad, indices, offsets, None, **rest)
+    first, second = (
+        kernels.embedding_bag_backward(grad, indices, offsets, None, None, **rest) for _ in range(2)
     )
-    assert found[1] != 0
+    assert first_difference(first, second) is None
+
+    launches.clear()
+    for ids in (indices, torch.arange(5300, device=DEVICE) % 41):
+        kernels.embedding_bag_backward(grad, ids, offsets, None, None, **rest)
+    assert launches[: len(launches) // 2] == launches[len(launches) // 2 :]  # a CUDA graph can hold them
+    assert launches.count(("embedding_bag_backward_kernel", 1)) >= 2
 
 
-def test_backward_three_times_gives_the_same_bits(generator: torch.Generator) -> None:
-    indices, offsets = bags(generator, [40, 2, 30])
-    grad, factors = normal(generator, 3, 3), normal(generator, 72)
-    args = (grad, indices, offsets, factors, None, R, True, PADDING, True, True, False)
-    first, *others = (kernels.embedding_bag_backward(*args) for _ in range(3))
-    assert all(first_difference(other, first) is None for other in others)
+def test_levels() -> None:
+    assert kernels._levels(1, 32) == [1]
+    assert kernels._levels(32, 32) == [32]
+    assert kernels._levels(33, 32) == [33, 4]
+    assert kernels._levels(10**6, 32) == [10**6, 62_500, 3_908, 246, 16]
+    for chunk, num_terms in itertools.product((4, 8, 32), (*range(1, 100), 2**31 - 1)):
+        levels = kernels._levels(num_terms, chunk)
+        assert levels[-1] <= chunk and len(levels) <= 32
+        assert all(after == 2 * -(-before // chunk) for before, after in itertools.pairwise(levels))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The name of each kernel that is launched, and how many programs of it."""
+    found: list[tuple[str, int]] = []
+
+    class Recorded:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            found.append((self.name, *grid))
+            return self.kernel[grid]
+
+    for name, kernel in list(vars(kernels.kernels).items()):
+        if name.endswith("_kernel"):
+            monkeypatch.setattr(kernels.kernels, name, Recorded(name, kernel))
+    return found
+
+
+def test_grids_are_sliced_at_their_limit(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, launches: list[tuple[str, int]]
+) -> None:
+    indices, offsets = bags(generator, [3, 0, 9, 0, 0, 0, 2, 0, 1])
+    weight, grad = normal(generator, R, 3), normal(generator, 9, 3)
+    forward = EmbeddingBagForwardConfig(2, 1, 1)
+    backward = EmbeddingBagBackwardConfig(2, 1, chunk=4, rows_in_flight=4)
+    rest = {"num_embeddings": R, "mean": True, **BAGS, "scale_grad_by_freq": False, "config": backward}
+
+    def run() -> tuple[tuple[Tensor, ...], dict[str, list[int]]]:
+        launches.clear()
+        with poisoned_memory():
+            outputs = (
+                kernels.embedding_bag_forward(weight, indices, offsets, None, True, **BAGS, config=forward),
+                *kernels.embedding_bag_max_forward(weight, indices, offsets, **BAGS, config=forward),
+                kernels.embedding_bag_backward(grad, indices, offsets, None, None, **rest),
+                *kernels.embedding_bag_backward_sparse(grad, indices, offsets, None, **rest),
+                kernels.embedding_bag_backward_per_sample_weights(
+                    grad, weight, indices, offsets, True, **BAGS, config=forward
+                ),
+            )
+        return outputs, {name: [n for other, n in launches if other == name] for name, _ in launches}
+
+    wanted, whole_grids = run()
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 1)
+    found, sliced = run()
+    for f, w in zip(found, wanted, strict=True):
+        assert first_difference(f, w) is None
+    assert len(sliced) == 5
+    assert all(max(whole_grids[name]) > 1 and set(sliced[name]) == {1} for name in sliced)
+    assert all(sum(whole_grids[name]) == sum(sliced[name]) for name in sliced)
+
+
+def test_more_programs_than_a_grid_takes() -> None:
+    found = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            return lambda *args, first_program: found.append((first_program, *grid))
+
+    limit = kernels.MAX_PROGRAMS
+    assert limit < 2**31
+    kernels._launch(Kernel(), 2 * limit + 5, torch.empty(0, device=DEVICE))
+    assert found == [(0, limit), (limit, limit), (2 * limit, 5)]
 
 
 @pytest.mark.parametrize(
@@ -232,17 +339,61 @@ def test_strided_weights(generator: torch.Generator, layout: str) -> None:
     same("embedding_bag_backward_per_sample_weights", grad, weight, indices, offsets, False, **BAGS)
 
 
-def test_rows_past_two_to_the_31_elements() -> None:
-    rows, dim = 2**31 // 64 + 2, 64
+def untouched(*shape: int) -> Tensor:
+    """fp16, of which only what is touched takes memory."""
     try:
-        weight = torch.empty(
-            rows, dim, dtype=torch.float16, device=DEVICE
-        )  # only what is touched takes memory
+        return torch.empty(shape, dtype=torch.float16, device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"not enough memory: {error}")
-    weight[[0, rows - 1]] = torch.tensor([[1.0], [2.0]], dtype=torch.float16, device=DEVICE)
-    indices, offsets = torch.tensor([rows - 1], device=DEVICE), torch.tensor([0], device=DEVICE)
-    assert kernels.embedding_bag_forward(weight, indices, offsets, None, False, -1, False, False).eq(2).all()
+
+
+def test_rows_past_two_to_the_31_elements() -> None:
+    last, dim = 2**31 // 64 + 1, 64
+    weight = untouched(last + 1, dim)
+    weight[[0, last]] = torch.tensor([[1.0], [2.0]], dtype=torch.float16, device=DEVICE)
+    args = (torch.tensor([last], device=DEVICE), torch.tensor([0], device=DEVICE))
+    assert kernels.embedding_bag_forward(weight, *args, None, False, **PLAIN).eq(2).all()
+    assert kernels.embedding_bag_max_forward(weight, *args, **PLAIN)[0].eq(2).all()
+    grad = torch.ones(1, dim, dtype=torch.float16, device=DEVICE)
+    assert kernels.embedding_bag_backward_per_sample_weights(grad, weight, *args, False, **PLAIN).eq(128)
+
+
+def test_gradients_past_two_to_the_31_elements() -> None:
+    last, dim = 2**31 // 64 + 1, 64
+    grad, grad_output = untouched(last + 1, dim), untouched(last + 1, dim)
+    grad[[0, last]] = 0
+    grad_output[[0, last]] = torch.tensor([[1.0], [2.0]], dtype=torch.float16, device=DEVICE)
+    rows = torch.full((70,), last, dtype=torch.int32, device=DEVICE)
+    entries = kernels._Entries(rows, rows, None)
+    order = torch.arange(70, device=DEVICE)
+    kernels._sum_runs(grad, grad_output, rows, order, entries, None, order, None)
+    assert grad[last].eq(140).all() and grad[0].eq(0).all()
+
+
+def test_programs_past_two_to_the_31() -> None:
+    dim = 2**31 + 5
+    weight, output = untouched(1, dim), untouched(1, dim)
+    weight[0, -1], output[0, -1] = 3, 0
+    zero = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    kernels.kernels.embedding_bag_forward_kernel[(1,)](
+        output,
+        weight,
+        zero[:1],
+        zero[:1],
+        None,
+        *(1, 1, 1, 1, -1),
+        first_program=dim - 1,
+        D=dim,
+        ROW_STRIDE=dim,
+        COLUMN_STRIDE=1,
+        MEAN=False,
+        DROP_INVALID=True,
+        ACCUMULATE=kernels._accumulate(weight.dtype),
+        BLOCK_D=1,
+        BAGS=1,
+        ROWS=1,
+    )
+    assert output[0, -1] == 3
 
 
 @pytest.mark.parametrize(
@@ -265,21 +416,9 @@ def test_nothing_to_do(indices: list[int], offsets: list[int], num_embeddings: i
         same("embedding_bag_forward", weight, ids, starts, None, True, **BAGS)
         if dim and len(offsets) > 1 and (indices or num_embeddings):
             same("embedding_bag_max_forward", weight, ids, starts, **BAGS)
-        frequency = {"scale_grad_by_freq": True}
-        same(
-            "embedding_bag_backward", grad, ids, starts, None, None, num_embeddings, True, **BAGS, **frequency
-        )
-        same(
-            "embedding_bag_backward_sparse",
-            grad,
-            ids,
-            starts,
-            None,
-            num_embeddings,
-            True,
-            **BAGS,
-            **frequency,
-        )
+        rest = {"num_embeddings": num_embeddings, "mean": True, **BAGS, "scale_grad_by_freq": True}
+        same("embedding_bag_backward", grad, ids, starts, None, None, **rest)
+        same("embedding_bag_backward_sparse", grad, ids, starts, None, **rest)
         same("embedding_bag_backward_per_sample_weights", grad, weight, ids, starts, True, **BAGS)
 
 
@@ -399,7 +538,8 @@ def test_default_tiles_are_valid() -> None:
     dims = [1, 2, 3, 4, 5, 31, 32, 33, 100, 128, 1000, 1024, 1025, 8192]
     for dim, dtype, lanes in itertools.product(dims, (torch.float16, torch.float32, torch.float64), (32, 64)):
         for config in (EmbeddingBagForwardConfig, EmbeddingBagBackwardConfig):
-            assert config.default(dim, dtype, lanes).is_valid
+            assert config.default(dim, dtype, lanes=lanes).is_valid
+        assert EmbeddingBagBackwardConfig.default(dim, dtype, maximum=True, lanes=lanes).is_valid
 
 
 @pytest.mark.parametrize(
@@ -411,9 +551,10 @@ def test_default_tiles_are_valid() -> None:
         EmbeddingBagForwardConfig(128, 1, 8, 64),
         EmbeddingBagBackwardConfig(128, 1, chunk=4, rows_in_flight=8),
         EmbeddingBagBackwardConfig(128, 1, chunk=24),
+        EmbeddingBagBackwardConfig(128, 1, chunk=2, rows_in_flight=2),
     ],
 )
-def test_invalid_tiles(config: EmbeddingBagForwardConfig | EmbeddingBagBackwardConfig) -> None:
+def test_invalid_tiles(config: Config) -> None:
     assert not config.is_valid
 
 

@@ -20,20 +20,34 @@ from recsys_ops.testing.compiled import TARGETS, CompiledKernel, compile_kernel
 
 pytest.importorskip("triton")
 
-TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.float64: "fp64"}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}
 
 # Of a thread on NVIDIA, with a little room for other compilers. An SM has 64 Ki registers and takes
-# 32 blocks, so at 64 one-warp blocks fill it and at 96 two thirds of them do.
+# 32 blocks, so at 64 one-warp blocks fill it and at 80 four fifths of them do.
 REGISTERS = {
     "forward": 72,
     "max_forward": 64,
     "entries": 72,
-    "backward": 96,
-    "backward_long_runs": 72,
+    "backward": 80,
+    "backward_of_maximum": 72,
+    "backward_of_pieces": 72,
     "backward_per_sample_weights": 80,
 }
 # Kernels that gather rows, and how many 16-byte loads of them are in flight at least.
-GATHERS = {"forward": 5, "max_forward": 5, "backward": 6, "backward_per_sample_weights": 8}
+GATHERS = {
+    "forward": 5,
+    "max_forward": 5,
+    "backward": 6,
+    "backward_of_maximum": 8,
+    "backward_of_pieces": 6,
+    "backward_per_sample_weights": 8,
+}
+
+ABSENT = {
+    "backward": ("argmax_ptr",),
+    "backward_of_maximum": ("factors_ptr",),
+    "backward_of_pieces": ("order_ptr", "bags_ptr", "factors_ptr", "argmax_ptr", "offsets_ptr"),
+}
 
 
 class Case(NamedTuple):
@@ -44,15 +58,22 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     dim: int = 128
     column_stride: int = 1
+    sizes: str = "i32"
 
 
 EVERY_KERNEL = [Case(kernel, target) for target in TARGETS for kernel in REGISTERS]
 HALF = [Case(kernel, target, "fp16", 256) for target in ("sm_90", "gfx942") for kernel in GATHERS]
 SHORT_ROWS = [Case(kernel, "sm_90", "fp32", 16) for kernel in ("forward", "backward")]
+SHORTEST = [Case(kernel, target, "fp16", 8) for target in ("sm_90", "gfx942") for kernel in GATHERS]
 DOUBLE = [Case("forward", "sm_90", "fp64", 64)]
+SEVERAL_BLOCKS = [Case(kernel, "sm_90", "fp32", 384) for kernel in GATHERS]
+SEVERAL_BLOCKS += [Case("backward_per_sample_weights", "gfx942", "fp64", 1000)]
+PAST_2_TO_THE_31 = [Case(kernel, "sm_90", sizes="i64") for kernel in REGISTERS]
 NOT_A_POWER_OF_TWO = [Case("forward", "sm_90", "fp32", 100)]
 UNALIGNED = [Case("forward", "sm_90", "fp32", 101), Case("forward", "sm_90", column_stride=1000)]
-CASES = EVERY_KERNEL + HALF + SHORT_ROWS + DOUBLE + NOT_A_POWER_OF_TWO + UNALIGNED
+GATHERING = [case for case in EVERY_KERNEL + PAST_2_TO_THE_31 if case.kernel in GATHERS]
+GATHERING += HALF + SHORT_ROWS + DOUBLE + SEVERAL_BLOCKS + NOT_A_POWER_OF_TWO
+CASES = list(dict.fromkeys([*EVERY_KERNEL, *PAST_2_TO_THE_31, *GATHERING, *SHORTEST, *UNALIGNED]))
 
 
 def compile_case(case: Case) -> CompiledKernel:
@@ -62,12 +83,13 @@ def compile_case(case: Case) -> CompiledKernel:
     from recsys_ops.triton_kernels import embedding_bag as host
     from recsys_ops.triton_kernels import embedding_bag_kernels
 
-    kernel = getattr(embedding_bag_kernels, f"embedding_bag_{case.kernel}_kernel")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "fp64": torch.float64}[case.dtype]
+    name, _, terms = case.kernel.partition("_of_")
+    kernel = getattr(embedding_bag_kernels, f"embedding_bag_{name}_kernel")
+    dtype = DTYPES[case.dtype]
     sums = "fp64" if case.dtype == "fp64" else "fp32"
     lanes = TARGETS[case.target][2]
     forward = host.EmbeddingBagForwardConfig.default(case.dim, dtype, lanes)
-    backward = host.EmbeddingBagBackwardConfig.default(case.dim, dtype, lanes)
+    backward = host.EmbeddingBagBackwardConfig.default(case.dim, dtype, terms == "maximum", lanes)
 
     constants: dict[str, Any] = {
         "D": case.dim,
@@ -78,10 +100,9 @@ def compile_case(case: Case) -> CompiledKernel:
         "ACCUMULATE": getattr(tl, sums.replace("fp", "float")),
         "BLOCK_D": forward.block_d,
         "BAGS": forward.bags_per_program,
-        "ROWS": forward.rows_in_flight,
+        "ROWS": (backward if name == "backward" else forward).rows_in_flight,
         "CHUNK": backward.chunk,
         "CHUNKS": backward.chunks_per_program,
-        "PARTS": host.PARTS,
         "ENTRIES": forward.bags_per_program * forward.rows_in_flight,
     }
     options: dict[str, Any] = {"num_warps": forward.num_warps}
@@ -90,15 +111,16 @@ def compile_case(case: Case) -> CompiledKernel:
         options = {}
     if case.kernel in ("forward", "max_forward", "entries") and case.target != "gfx942":
         options |= host.ASSERTING  # on AMD an assertion prints, which takes atomics and registers
-    if case.kernel == "backward":
-        constants["argmax_ptr"] = None
+    constants |= dict.fromkeys(ABSENT.get(case.kernel, ()))
 
-    pointers = dict.fromkeys(("indices_ptr", "offsets_ptr", "order_ptr"), "*i64")
-    pointers |= dict.fromkeys(("argmax_ptr", "keys_ptr", "rows_ptr", "bags_ptr"), "*i32")
-    pointers |= dict.fromkeys(("partials_ptr", "factors_ptr"), f"*{sums}")
+    pointers = dict.fromkeys(("indices_ptr", "offsets_ptr", "order_ptr"), "*i64") | {"argmax_ptr": "*i32"}
+    pointers |= dict.fromkeys(("keys_ptr", "rows_ptr", "bags_ptr", "targets_ptr"), f"*{case.sizes}")
+    pointers |= dict.fromkeys(("pieces_ptr", "factors_ptr"), f"*{sums}")
+    if terms == "pieces":
+        pointers["terms_ptr"] = f"*{sums}"
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     signature = {
-        name: pointers.get(name, f"*{case.dtype}" if name.endswith("_ptr") else "i32")
+        name: pointers.get(name, f"*{case.dtype}" if name.endswith("_ptr") else case.sizes)
         for name in kernel.arg_names
         if name not in constants
     }
@@ -134,14 +156,18 @@ def test_registers(compiled: dict[Case, CompiledKernel], case: Case) -> None:
         assert compiled[case].registers <= REGISTERS[case.kernel]
 
 
-@pytest.mark.parametrize("case", EVERY_KERNEL, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case",
+    [case for case in EVERY_KERNEL if case.kernel in GATHERS],
+    ids=lambda case: "-".join(map(str, case)),
+)
 def test_rows_do_not_pass_through_shared_memory(compiled: dict[Case, CompiledKernel], case: Case) -> None:
     assert compiled[case].shared_bytes <= (32 * 4 if case.kernel == "backward_per_sample_weights" else 0)
 
 
 @pytest.mark.parametrize(
     "case",
-    [c for c in EVERY_KERNEL if c.kernel in GATHERS] + HALF + SHORT_ROWS + DOUBLE + NOT_A_POWER_OF_TWO,
+    GATHERING,
     ids=lambda case: "-".join(map(str, case)),
 )
 def test_rows_are_gathered_by_16_bytes(compiled: dict[Case, CompiledKernel], case: Case) -> None:
