@@ -4,11 +4,14 @@
 
 ifdef PYTHON
 READY :=
+GPU_PYTHON ?= $(PYTHON)
 else
 PYTHON := .venv/bin/python
 READY := .venv/ready
 endif
 BASE_PYTHON ?= python3
+# Has a PyTorch with CUDA, and is used as it is.
+GPU_PYTHON ?= python3
 # Any PyTorch from 2.10 on; this is the one that is tested.
 TORCH ?= torch==2.13.0
 RUN := $(PYTHON) -m recsys_ops
@@ -38,10 +41,8 @@ test-all: $(READY) ## every test
 bench: $(READY) $(READY:ready=peers) ## measure every operator against its peers
 	$(RUN) bench --json bench.json --html bench.html
 
-gpu: $(READY) ## correctness and benchmarks on this machine's GPU
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: expected a GPU that PyTorch can use, found none')"
-	$(RUN) verify
-	$(RUN) bench --json $${OUT:-.}/bench.json
+gpu: ## build, verify, sanitize, measure on this machine's GPU in ten minutes; PARTS="verify bench" for some
+	@$(GPU_PYTHON) -m recsys_ops.benchmarks.gpu $(PARTS)
 
 lint: $(READY) ## ruff and mypy
 	$(PYTHON) -m ruff check .

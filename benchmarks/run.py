@@ -84,7 +84,8 @@ def run_bench(
         versions=versions(),
     )
     try:
-        _measure_all(work, results, console)
+        # Again and again: not everything that ends a process can be caught.
+        _measure_all(work, results, console, lambda: _write(results, json_path, None))
     except KeyboardInterrupt:
         results.complete = False
     except Exception:
@@ -111,7 +112,9 @@ def _wrong_usage(problem: str, console: Console) -> int:
     return 2
 
 
-def _measure_all(work: Sequence[tuple[Suite, Workload]], results: Results, console: Console) -> None:
+def _measure_all(
+    work: Sequence[tuple[Suite, Workload]], results: Results, console: Console, save: Callable[[], None]
+) -> None:
     device, quick = results.device, results.quick
     budget = _BUDGETS[device][quick]
     clocks, flush = _clocks(device), _flush(device)
@@ -122,6 +125,7 @@ def _measure_all(work: Sequence[tuple[Suite, Workload]], results: Results, conso
         for suite, workload in work:
             start(workload.name)
             results.rows += measure(workload, suite, results.ceilings, budget, flush, clocks)
+            save()
     results.complete = True
 
 

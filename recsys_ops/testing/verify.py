@@ -7,6 +7,7 @@ import importlib
 import os
 import platform
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, Result], None]
 
 _APART_AT_ONCE = 4
+_SAVE_SECONDS = 10
 
 
 @dataclass
@@ -114,7 +116,11 @@ def spec_of(operator: str) -> OperatorSpec:
 
 
 def verify(
-    op: str | None = None, backend: str | None = None, quick: bool = False, progress: Progress | None = None
+    op: str | None = None,
+    backend: str | None = None,
+    quick: bool = False,
+    progress: Progress | None = None,
+    save: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Run the correctness suite on this machine: every backend, and every instruction set of the native one.
 
@@ -124,6 +130,7 @@ def verify(
         quick: run the fewest cases that reach every branch.
         progress: called after each example with how many are done, how many there are, and the
             result; if it raises KeyboardInterrupt, the report so far is given back.
+        save: called now and then with the report so far: not everything that ends a process can be caught.
 
     Raises:
         ValueError: no such operator or backend.
@@ -137,12 +144,16 @@ def verify(
     report, plan = _plan(op, backend, quick)
     pool = ThreadPoolExecutor(_APART_AT_ONCE)
     apart = {example: pool.submit(example.run) for example in plan if example.apart}
+    saved = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
         for done, example in enumerate(plan, start=1):
             result = apart[example].result() if example.apart else example.run()
             report.results.append((example.spec.name, result))
             if progress:
                 progress(done, report.total, result)
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                save(report)
+                saved = time.monotonic()
     pool.shutdown(wait=False, cancel_futures=True)
     return report
 
@@ -168,14 +179,18 @@ def run_verify(
     console = console or Console()
     if not torch.cuda.is_available() and "triton" not in sys.modules:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    def save(report: Report) -> None:
+        if json_path is not None:
+            write_json(json_path, report.to_dict())
+
     try:
         with _progress(console) as progress:
-            report = verify(op, backend, quick, progress)
+            report = verify(op, backend, quick, progress, save)
     except ValueError as error:
         console.print(escape(str(error)), style="red", soft_wrap=True)
         return 2
-    if json_path is not None:
-        write_json(json_path, report.to_dict())
+    save(report)
     for failure in report.failures:
         console.print(escape(str(failure)), style="red", soft_wrap=True)
     for table in report.tables():

@@ -162,6 +162,19 @@ def test_an_error_leaves_what_is_finished(bench: Bench, tmp_path: Path) -> None:
     assert {row["workload"] for row in record["rows"]} == {"tiny/first"}
 
 
+def test_a_run_that_is_killed_leaves_what_is_finished(bench: Bench, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    left: list[int] = []
+
+    def looks(workload: Workload, inputs: Inputs) -> Callable[[Any], Any]:
+        left.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return tiny.OURS.prepare(workload, inputs)
+
+    workloads = [tiny.workload("tiny/first"), tiny.workload("tiny/second")]
+    bench(tiny.suite([Candidate("recsys_ops", looks), tiny.TORCH], workloads), json_path=path)
+    assert left == [0, 2]
+
+
 def test_ctrl_c_before_anything_is_finished_writes_an_empty_record(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,14 @@ def test_interrupted_run_keeps_what_is_finished(serve) -> None:  # type: ignore[
     assert not report.complete and not report.ok and not report.failures
 
 
+def test_a_run_that_is_killed_leaves_what_it_saved(serve, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    serve(toy.spec())
+    monkeypatch.setattr(module, "_SAVE_SECONDS", -1)
+    saved: list[tuple[int, bool]] = []
+    report = verify(save=lambda report: saved.append((len(report.results), report.complete)))
+    assert saved[0] == (1, False) and saved[-1] == (report.total, True) and len(saved) == report.total
+
+
 def test_interrupted_command_says_so(serve, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     def interrupt(self: Example, seed: int = 0) -> Result:
         raise KeyboardInterrupt
