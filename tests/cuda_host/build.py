@@ -23,7 +23,15 @@ SANITIZERS = {
     "races": ["-fsanitize=thread"],
 }
 FLAGS = [
-    *("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-fno-omit-frame-pointer"),
+    *(
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-strict-aliasing",
+        "-fno-omit-frame-pointer",
+    ),
     *("-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-U_FORTIFY_SOURCE"),
     *("-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020A000000000000"),
     *("-DRECSYS_OPS_CUDA_LIBRARY=recsys_ops_cuda_host", "-DRECSYS_OPS_CUDA_KEY=CPU"),
@@ -37,7 +45,12 @@ ENGINE = ["engine.cpp", "torch_on_cpu.cpp"]
 def build(sources: Sequence[Path], sanitizer: str, defines: Sequence[str] = ()) -> Path:
     """A shared library of these sources and the engine; made once for the same contents."""
     engine = [HERE / name for name in [*ENGINE, *(["races.cpp"] if sanitizer == "races" else [])]]
-    headers = [*HERE.rglob("*.h"), *HERE.rglob("*.cuh"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]
+    headers = [
+        *HERE.rglob("*.h"),
+        *HERE.rglob("*.cuh"),
+        *ROOT.glob("csrc/**/*.h"),
+        *ROOT.glob("csrc/**/*.cuh"),
+    ]
     contents = hashlib.sha256(repr((sanitizer, *defines, FLAGS, INSTRUMENTED, SANITIZERS)).encode())
     contents.update(f"{torch.__version__} {COMPILER} {Path(__file__).read_text()}".encode())
     for path in sorted([*sources, *engine, *headers]):
