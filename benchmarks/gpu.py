@@ -82,7 +82,9 @@ def _build(folder: Path) -> Sequence[Step]:
 
 
 def _verify(folder: Path) -> Sequence[Step]:
-    return [Step("verify", (*_RECSYS_OPS, "verify", "--json", str(folder / "verify.json")))]
+    # Triton compiles some thousand variants of its kernels, one after the other in each process.
+    jobs = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
+    return [Step("verify", (*_RECSYS_OPS, "verify", "--jobs", jobs, "--json", str(folder / "verify.json")))]
 
 
 def _sanitize(folder: Path) -> Sequence[Step]:

@@ -182,13 +182,14 @@ def _verify(
     op: Op = None,
     backend: Backend = None,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer cases, for a first look.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the work.")] = 1,
     json_path: JsonPath = None,
 ) -> None:
     """Check every operator on this machine against its reference; exits 1 where one is wrong."""
     from recsys_ops.testing.verify import run_verify
 
     with _output(json_path) as (console, json_file):
-        raise typer.Exit(run_verify(op, backend, json_file, console, quick))
+        raise typer.Exit(run_verify(op, backend, json_file, console, quick, jobs))
 
 
 @app.command("bench", epilog="Example: recsys-ops bench embedding_bag --html bench.html")

@@ -154,9 +154,9 @@ def test_a_wrong_variable_is_wrong_usage(
     ("arguments", "target", "handed_over"),
     [
         (
-            ["verify", "--op", "embedding_bag", "--backend", "reference", "--quick"],
+            ["verify", "--op", "embedding_bag", "--backend", "reference", "--quick", "--jobs", "3"],
             "recsys_ops.testing.verify.run_verify",
-            {"op": "embedding_bag", "backend": "reference", "quick": True, "json_path": None},
+            {"op": "embedding_bag", "backend": "reference", "quick": True, "jobs": 3, "json_path": None},
         ),
         (
             [

@@ -395,8 +395,9 @@ def _gpu_workloads() -> list[Workload]:
         launch("launch/B64/matrix", 64, matrix=True),
         launch("launch/step/dense/B64", 64, gradient="dense"),
         launch("launch/step/sparse/B64", 64, gradient="sparse"),
+        cold("small/uniform/D64/B2048", 64, 2048),
+        cold("small/step/sparse/D64/B2048", 64, 2048, gradient="sparse"),
         cold("cold/uniform/D64", 64, quick=True),
-        cold("cold/uniform/D64/B2048", 64, 2048),
         cold("cold/uniform/D64/B16384", 64, 2**14),
         cold("cold/zipf/D64", 64, ids="zipf", quick=True),
         cold("cold/weighted/D64", 64, weighted=True),
@@ -405,7 +406,6 @@ def _gpu_workloads() -> list[Workload]:
         cold("cold/padding/D64", 64, padded=True),
         cold("cold/matrix/D64", 64, lengths=(20, 20), matrix=True),
         cold("step/sparse/uniform/D64", 64, gradient="sparse", quick=True),
-        cold("step/sparse/uniform/D64/B2048", 64, 2048, gradient="sparse"),
         cold("step/sparse/zipf/D64", 64, ids="zipf", gradient="sparse"),
         cold("step/sparse/weighted/D64", 64, weighted=True, weights_gradient=True, gradient="sparse"),
         cold("step/sparse/equal/D64", 64, ids="equal", gradient="sparse"),
@@ -452,7 +452,9 @@ _CPU_TARGETS = [
 _GPU_TARGETS = [
     Target("cold/*", LIMIT, 0.85),
     Target("step/*", LIMIT, 0.5),
-    Target("launch/*", "torch", 1.0),
+    Target("launch/B*", "torch", 1.0),
+    Target("launch/step/dense/*", "torch", 1.0),
+    Target("launch/step/sparse/*", "torch + coalesce", 1.0),
 ]
 
 _OURS_IN_OTHER_WAYS = [

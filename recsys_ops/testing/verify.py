@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -121,6 +123,7 @@ def verify(
     quick: bool = False,
     progress: Progress | None = None,
     save: Callable[[Report], None] = lambda report: None,
+    jobs: int = 1,
 ) -> Report:
     """Run the correctness suite on this machine: every backend, and every instruction set of the native one.
 
@@ -131,6 +134,7 @@ def verify(
         progress: called after each example with how many are done, how many there are, and the
             result; if it raises KeyboardInterrupt, the report so far is given back.
         save: called now and then with the report so far: not everything that ends a process can be caught.
+        jobs: processes that share the work, most of which is to compile kernels where those are Triton's.
 
     Raises:
         ValueError: no such operator or backend.
@@ -142,20 +146,61 @@ def verify(
         ValueError: verify: expected op to be one of [...], got 'no such operator'
     """
     report, plan = _plan(op, backend, quick)
-    pool = ThreadPoolExecutor(_APART_AT_ONCE)
-    apart = {example: pool.submit(example.run) for example in plan if example.apart}
+    results = _run(plan) if jobs == 1 else _run_in_processes(op, backend, quick, jobs)
     saved = time.monotonic()
     with contextlib.suppress(KeyboardInterrupt):
-        for done, example in enumerate(plan, start=1):
-            result = apart[example].result() if example.apart else example.run()
-            report.results.append((example.spec.name, result))
+        for done, (operator, result) in enumerate(results, start=1):
+            report.results.append((operator, result))
             if progress:
                 progress(done, report.total, result)
             if time.monotonic() - saved > _SAVE_SECONDS:
                 save(report)
                 saved = time.monotonic()
-    pool.shutdown(wait=False, cancel_futures=True)
     return report
+
+
+def _run(plan: Sequence[Example], apart_at_once: int = _APART_AT_ONCE) -> Iterator[tuple[str, Result]]:
+    """Each example's operator and result, in order."""
+    pool = ThreadPoolExecutor(apart_at_once)
+    try:
+        apart = {example: pool.submit(example.run) for example in plan if example.apart}
+        for example in plan:
+            yield example.spec.name, apart[example].result() if example.apart else example.run()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_in_processes(
+    op: str | None, backend: str | None, quick: bool, jobs: int
+) -> Iterator[tuple[str, Result]]:
+    """The same as it comes from several processes; one that dies leaves the rest of its share undone."""
+    context = multiprocessing.get_context("spawn")
+    receivers: list[Connection] = []
+    for share in range(jobs):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (sender, op, backend, quick, share, jobs)
+        context.Process(target=_run_share, args=arguments, daemon=True).start()
+        sender.close()
+        receivers.append(receiver)
+    while receivers:
+        for receiver in cast("list[Connection]", wait(receivers)):
+            try:
+                yield receiver.recv()
+            except EOFError:
+                receivers.remove(receiver)
+
+
+def _run_share(
+    sender: Connection, op: str | None, backend: str | None, quick: bool, share: int, jobs: int
+) -> None:
+    """Run one share of the examples: those of a subject stay together, for they have much in common."""
+    torch.set_num_threads(max(2, torch.get_num_threads() // jobs))
+    _, plan = _plan(op, backend, quick)
+    subjects = dict.fromkeys(example.subject for example in plan)
+    mine = set(list(subjects)[share::jobs])
+    with contextlib.suppress(KeyboardInterrupt):
+        for result in _run([example for example in plan if example.subject in mine], apart_at_once=1):
+            sender.send(result)
 
 
 def run_verify(
@@ -164,6 +209,7 @@ def run_verify(
     json_path: str | os.PathLike[str] | None = None,
     console: Console | None = None,
     quick: bool = False,
+    jobs: int = 1,
 ) -> int:
     """``recsys-ops verify``: a progress bar on a terminal, plain lines in a pipe, a table at the end.
 
@@ -186,7 +232,7 @@ def run_verify(
 
     try:
         with _progress(console) as progress:
-            report = verify(op, backend, quick, progress, save)
+            report = verify(op, backend, quick, progress, save, jobs)
     except ValueError as error:
         console.print(escape(str(error)), style="red", soft_wrap=True)
         return 2
@@ -231,13 +277,12 @@ def _cell(passed: int, failed: int) -> str:
 def _progress(console: Console) -> Iterator[Progress]:
     """A bar on a terminal, a line for every check in a pipe."""
     if not console.is_terminal:
-        last = ""
+        begun: set[str] = set()
 
         def line(done: int, total: int, result: Result) -> None:
-            nonlocal last
-            if result.check != last or done == total:
+            if result.check not in begun or done == total:
                 console.print(f"{done}/{total} {result.check}", soft_wrap=True)
-            last = result.check
+            begun.add(result.check)
 
         yield line
         return

@@ -343,6 +343,13 @@ def test_the_commands_write_where_they_are_read(tmp_path: Path) -> None:
         assert gpu.COMMANDS[name].results == f"{name}.json"
 
 
+def test_verify_shares_its_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for cores, jobs in ((16, "12"), (8, "6"), (1, "1"), (None, "1")):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        (step,) = gpu.COMMANDS["verify"].steps(tmp_path)
+        assert step.command[step.command.index("--jobs") + 1] == jobs
+
+
 def test_sources_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     (tmp_path / "csrc").mkdir()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shlex
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +113,37 @@ def test_a_run_that_is_killed_leaves_what_it_saved(serve, monkeypatch: pytest.Mo
     saved: list[tuple[int, bool]] = []
     report = verify(save=lambda report: saved.append((len(report.results), report.complete)))
     assert saved[0] == (1, False) and saved[-1] == (report.total, True) and len(saved) == report.total
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_shares_are_the_whole(serve, jobs: int) -> None:  # type: ignore[no-untyped-def]
+    serve(toy.spec())
+    sent: list[tuple[str, Result]] = []
+    threads = torch.get_num_threads()
+    try:
+        for share in range(jobs):
+            sender = SimpleNamespace(send=sent.append)
+            module._run_share(sender, None, None, False, share, jobs)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(threads)
+    assert sorted(str(result) for _, result in sent) == sorted(str(result) for _, result in verify().results)
+
+
+def one_result_then_maybe_death(sender: Connection, *_: object) -> None:
+    """In the place of a share: the first dies."""
+    share, jobs = _[-2:]
+    sender.send(("scale_rows", Result(f"check {share} of {jobs}", "case", "native", "float32", True, "", "")))
+    if share == 0:
+        os._exit(3)
+    sender.send(("scale_rows", Result("last", "case", "native", "float32", True, "", "")))
+
+
+def test_a_process_that_dies_leaves_only_its_share_undone(serve, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    serve(toy.spec())
+    monkeypatch.setattr(module, "_run_share", one_result_then_maybe_death)
+    report = verify(jobs=2)
+    assert sorted(r.check for _, r in report.results) == ["check 0 of 2", "check 1 of 2", "last"]
+    assert not report.complete
 
 
 def test_interrupted_command_says_so(serve, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
