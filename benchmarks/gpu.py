@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recsys_ops import _nvcc
 from recsys_ops._output import INTERRUPTED, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,12 +73,7 @@ def _build(folder: Path) -> Sequence[Step]:
 
     major, minor = torch.cuda.get_device_capability()
     architecture = f"sm_{major}{minor}" + ("a" if (major, minor) == (9, 0) else "")
-    compiler = Path(_tool("nvcc") or "nvcc").parent
-    environment = {
-        "RECSYS_OPS_BUILD": "cuda",
-        "RECSYS_OPS_CUDA_ARCHS": architecture,
-        "PATH": f"{compiler}{os.pathsep}{os.environ.get('PATH', '')}",
-    }
+    environment = {"RECSYS_OPS_BUILD": "cuda", _nvcc.ENVIRONMENT_VARIABLE: architecture}
     return [Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), environment)]
 
 
@@ -89,8 +85,14 @@ def _verify(folder: Path) -> Sequence[Step]:
 
 def _sanitize(folder: Path) -> Sequence[Step]:
     run = (*_RECSYS_OPS, "verify", "--quick", "--backend", "cuda")
-    program = _tool("compute-sanitizer") or "compute-sanitizer"
-    sanitizer = (program, "--error-exitcode", "86", "--target-processes", "application-only", "--tool")
+    sanitizer = (
+        _sanitizer() or "",
+        "--error-exitcode",
+        "86",
+        "--target-processes",
+        "application-only",
+        "--tool",
+    )
     # PyTorch makes calls that fail, on purpose; those of kernels that matter show without.
     options = {"memcheck": ("--report-api-errors", "no")}
     # In PyTorch's cache, what lies past the end of a tensor is some other tensor's.
@@ -107,7 +109,7 @@ def _bench(folder: Path) -> Sequence[Step]:
 
 
 def _sanitizer_missing() -> str | None:
-    return None if _tool("compute-sanitizer") else "compute-sanitizer is not on this machine"
+    return None if _sanitizer() else "compute-sanitizer is not on this machine"
 
 
 COMMANDS = {
@@ -155,9 +157,7 @@ def missing(parts: Sequence[str]) -> str | None:
         warnings.simplefilter("ignore")
         if not torch.cuda.is_available():
             return "there is no GPU that PyTorch can use"
-    if "build" in parts and _tool("nvcc") is None:
-        return "there is no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"
-    return None
+    return _nvcc.missing() if "build" in parts else None
 
 
 def run_parts(parts: Sequence[str], folder: Path, deadline: float, again: bool = False) -> int:
@@ -187,9 +187,10 @@ def _run_part(
     name: str, folder: Path, sources: str, outcomes: dict[str, Outcome], deadline: float
 ) -> Outcome:
     part, start = COMMANDS[name], time.monotonic()
-    needed = outcomes.get(part.needs or "")
-    if needed and needed.outcome != PASSED:
-        return Outcome(NOT_RUN, 0.0, sources, f"because of the {part.needs}")
+    if part.needs:
+        before = outcomes.get(part.needs)
+        if (before and before.outcome != PASSED) or not COMMANDS[part.needs].present():
+            return Outcome(NOT_RUN, 0.0, sources, f"it needs the {part.needs}")
     if reason := part.absent():
         return Outcome(ABSENT, 0.0, sources, reason)
     log = folder / f"{name}.log"
@@ -251,12 +252,11 @@ def sources_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def _tool(name: str) -> str | None:
-    """Where a program of the CUDA toolkit is, or None."""
-    folders = [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
-    if home := os.environ.get("CUDA_HOME"):
-        folders.insert(1, os.path.join(home, "bin"))
-    return shutil.which(name, path=os.pathsep.join(folders))
+def _sanitizer() -> str | None:
+    """Where compute-sanitizer is, or None."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    folders = (os.environ.get("PATH", ""), os.path.join(home, "bin"), "/usr/local/cuda/bin")
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def _end_of(log: Path) -> str:

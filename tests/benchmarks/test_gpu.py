@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,12 @@ def test_a_failure_stops_only_what_needs_the_part(fake: Fake, capsys: pytest.Cap
     assert "  | nvcc: no such option" in capsys.readouterr().out
 
 
+def test_what_a_part_needs_must_be_there(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(gpu.COMMANDS, "build", replace(gpu.COMMANDS["build"], present=lambda: False))
+    assert run(fake, "sanitize") == 1
+    assert fake.outcomes == {"sanitize": NOT_RUN} and fake.ran == []
+
+
 def test_what_is_absent_is_no_failure(fake: Fake) -> None:
     fake.scripts["sanitize"] = None
     assert run(fake) == 0
@@ -276,17 +283,16 @@ def test_results_of_other_sources_are_not_reported(fake: Fake, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    ("cuda", "available", "tool", "said"),
+    ("cuda", "available", "said"),
     [
-        (None, False, None, f"PyTorch {torch.__version__} is built without CUDA"),
-        ("13.0", False, None, "there is no GPU that PyTorch can use"),
-        ("13.0", True, None, "there is no nvcc on PATH, in $CUDA_HOME/bin or in /usr/local/cuda/bin"),
+        (None, False, f"PyTorch {torch.__version__} is built without CUDA"),
+        ("13.0", False, "there is no GPU that PyTorch can use"),
+        ("13.0", True, "nvcc was not found"),
     ],
 )
 def test_a_machine_without_a_usable_gpu_gets_one_line(
     cuda: str | None,
     available: bool,
-    tool: str | None,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -294,7 +300,7 @@ def test_a_machine_without_a_usable_gpu_gets_one_line(
 ) -> None:
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    monkeypatch.setattr(gpu, "_tool", lambda name: tool)
+    monkeypatch.setattr(gpu._nvcc, "missing", lambda: "nvcc was not found")
     assert gpu.main(["--output", str(tmp_path / "out")]) == 1
     assert capsys.readouterr() == (f"make gpu: {said}\n", "")
     assert not (tmp_path / "out").exists()
@@ -303,7 +309,7 @@ def test_a_machine_without_a_usable_gpu_gets_one_line(
 def test_only_the_build_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu, "_tool", lambda name: None)
+    monkeypatch.setattr(gpu._nvcc, "missing", lambda: "nvcc was not found")
     assert gpu.missing(["verify", "bench", "report"]) is None
     assert gpu.missing(PARTS) is not None
 
@@ -319,18 +325,27 @@ def test_the_build_is_for_this_gpu(
     capability: tuple[int, int], architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(gpu, "_tool", lambda name: f"/opt/cuda/bin/{name}")
     (step,) = gpu.COMMANDS["build"].steps(tmp_path)
     assert step.command[1:] == ("setup.py", "build_ext", "--inplace")
-    assert step.environment["RECSYS_OPS_BUILD"] == "cuda"
-    assert step.environment["RECSYS_OPS_CUDA_ARCHS"] == architecture
-    assert step.environment["PATH"].startswith("/opt/cuda/bin:")
+    assert step.environment == {"RECSYS_OPS_BUILD": "cuda", "RECSYS_OPS_CUDA_ARCHS": architecture}
 
 
-def test_the_sanitizer_runs_tool_by_tool_without_the_cache(tmp_path: Path) -> None:
+def test_the_sanitizer_runs_tool_by_tool_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("PATH", "CUDA_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    with monkeypatch.context() as nowhere:
+        nowhere.setattr("shutil.which", lambda name, path: None)
+        assert gpu.COMMANDS["sanitize"].absent()
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.touch(0o755)
+    assert gpu.COMMANDS["sanitize"].absent() is None
     steps = gpu.COMMANDS["sanitize"].steps(tmp_path)
     assert [step.name for step in steps] == ["memcheck", "racecheck", "initcheck"]
     for step in steps:
+        assert step.command[0] == str(program)
         assert step.command[step.command.index("--tool") + 1] == step.name
         assert step.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         assert step.command[-4:] == ("verify", "--quick", "--backend", "cuda")
