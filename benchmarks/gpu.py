@@ -85,20 +85,14 @@ def _verify(folder: Path) -> Sequence[Step]:
 
 def _sanitize(folder: Path) -> Sequence[Step]:
     run = (*_RECSYS_OPS, "verify", "--quick", "--backend", "cuda")
-    sanitizer = (
-        _sanitizer() or "",
-        "--error-exitcode",
-        "86",
-        "--target-processes",
-        "application-only",
-        "--tool",
-    )
-    # PyTorch makes calls that fail, on purpose; those of kernels that matter show without.
-    options = {"memcheck": ("--report-api-errors", "no")}
+    options = "--error-exitcode 86 --target-processes application-only --tool"
+    sanitizer = (_sanitizer() or "", *options.split())
+    # A call that fails is one that PyTorch tries on purpose, or raises in Python.
+    of_tool = {"memcheck": ("--report-api-errors", "no")}
     # In PyTorch's cache, what lies past the end of a tensor is some other tensor's.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Step(tool, (*sanitizer, tool, *options.get(tool, ()), *run), environment)
+        Step(tool, (*sanitizer, tool, *of_tool.get(tool, ()), *run), environment)
         for tool in ("memcheck", "racecheck", "initcheck")
     ]
 
