@@ -39,7 +39,8 @@ _HOW_TO_READ = (
     "row once: what memory must deliver at least. The share of the limit is the least time that this "
     "machine could take, from the measured limits, over the time taken, with the limit that binds: memory "
     "(distinct rows at random addresses, and all that is read or written in order; on a GPU with its caches "
-    "flushed, both at the rate of a copy), cache (every lookup), flops (at the rate of a matrix product), or the cost of a call that returns a tensor.",
+    "flushed, both at the rate of a copy), cache (every lookup), flops (at the rate of a matrix product), or "
+    "the cost of a call that returns a tensor.",
     "Before it is timed, each candidate's output, and its gradients where there are any, are compared with "
     "the same computation in fp64. A candidate may err twice as much as eager PyTorch does in the same "
     "precision, plus three units in the last place. Whoever errs more gets no figure.",
