@@ -78,12 +78,16 @@ def targets(operator: Operator) -> tuple[list[Target], dict[str, str]]:
 
 
 @contextlib.contextmanager
-def candidate(spec: OperatorSpec, kernels: Any) -> Iterator[Target]:
+def candidate(spec: OperatorSpec, kernels: Any, name: str = "candidate") -> Iterator[Target]:
     """Let kernels serve an operator as one more backend inside the block, for checking them.
 
     Args:
         spec: of the operator.
         kernels: has the functions of the operator's ``reference`` module.
+        name: of the backend; blocks may be nested under different names.
+
+    Raises:
+        ValueError: there is a backend of this name.
 
     Example:
         >>> from recsys_ops.embedding_bag import reference
@@ -93,7 +97,9 @@ def candidate(spec: OperatorSpec, kernels: Any) -> Iterator[Target]:
         ...     check_forward_backward(SPEC, SPEC.quick[0], target).ok
         True
     """
-    name, operator = "candidate", spec.operator
+    operator = spec.operator
+    if name in BACKENDS:
+        raise ValueError(f"candidate: expected the name of no other backend, got {name!r}")
     BACKENDS[name] = lambda: None
     operator.implementations[name] = Implementation(name, lambda: kernels, lambda call: None)
     spec.kernels[name] = kernels

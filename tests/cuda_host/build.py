@@ -19,7 +19,10 @@ COMPILER = os.environ.get("CXX", "g++")
 
 # What watches the kernels: the first cannot be told apart from what it runs in, so it is preloaded.
 SANITIZERS = {
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"],
+    "address": [
+        *("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"),
+        "-fsanitize-sections=cuda_shared",
+    ],
     "races": ["-fsanitize=thread"],
 }
 FLAGS = [
@@ -39,21 +42,23 @@ FLAGS = [
 ]
 # Locals that nobody has written hold a pattern.
 INSTRUMENTED = ["-ftrivial-auto-var-init=pattern"]
-ENGINE = ["engine.cpp", "torch_on_cpu.cpp"]
 
 
-def build(sources: Sequence[Path], sanitizer: str, defines: Sequence[str] = ()) -> Path:
+def build(
+    sources: Sequence[Path],
+    sanitizer: str,
+    defines: Sequence[str] = (),
+    with_torch: bool = True,
+    csrc: Path = ROOT / "csrc",
+) -> Path:
     """A shared library of these sources and the engine; made once for the same contents."""
-    engine = [HERE / name for name in [*ENGINE, *(["races.cpp"] if sanitizer == "races" else [])]]
-    headers = [
-        *HERE.rglob("*.h"),
-        *HERE.rglob("*.cuh"),
-        *ROOT.glob("csrc/**/*.h"),
-        *ROOT.glob("csrc/**/*.cuh"),
-    ]
+    engine = [HERE / "engine.cpp"]
+    engine += [HERE / "races.cpp"] if sanitizer == "races" else []
+    engine += [HERE / "torch_on_cpu.cpp"] if with_torch else []
+    headers = [path for folder in (HERE, csrc) for path in (*folder.rglob("*.h"), *folder.rglob("*.cuh"))]
     contents = hashlib.sha256(repr((sanitizer, *defines, FLAGS, INSTRUMENTED, SANITIZERS)).encode())
     contents.update(f"{torch.__version__} {COMPILER} {Path(__file__).read_text()}".encode())
-    for path in sorted([*sources, *engine, *headers]):
+    for path in [*sorted(sources), *sorted(engine), *sorted(headers)]:
         contents.update(path.read_bytes())
     library = BUILT / f"{sanitizer}-{contents.hexdigest()[:16]}.so"
     if library.exists():
@@ -62,8 +67,9 @@ def build(sources: Sequence[Path], sanitizer: str, defines: Sequence[str] = ()) 
 
     def compile_one(source: Path) -> str:
         target = library.with_name(f"{library.stem}-{source.stem}.o")
-        watched = [] if source in engine else [*SANITIZERS[sanitizer], *INSTRUMENTED]
-        includes = [HERE, ROOT / "csrc", *cpp_extension.include_paths()]
+        is_watched = source.suffix == ".cu" or (sanitizer == "address" and source not in engine)
+        watched = [*SANITIZERS[sanitizer], *INSTRUMENTED] if is_watched else []
+        includes = [HERE, csrc, *(cpp_extension.include_paths() if with_torch else ())]
         _run(
             *(COMPILER, *FLAGS, *watched, *(f"-D{name}" for name in defines)),
             *(f"-I{path}" for path in includes),
@@ -80,12 +86,21 @@ def build(sources: Sequence[Path], sanitizer: str, defines: Sequence[str] = ()) 
     _run(
         *(COMPILER, "-shared", *sanitized, "-Wl,-Bsymbolic", *objects, "-o", str(partial)),
         *(f"-L{path}" for path in paths),
-        *("-ltorch", "-ltorch_cpu", "-lc10"),
+        *(("-ltorch", "-ltorch_cpu", "-lc10") if with_torch else ()),
     )
     partial.rename(library)
     for target in objects:
         Path(target).unlink()
     return library
+
+
+def build_operator(
+    operator: str, sanitizer: str, defines: Sequence[str] = (), csrc: Path = ROOT / "csrc"
+) -> Path:
+    """The CUDA kernels of an operator and what checks their arguments, as operators of PyTorch on the CPU."""
+    folder = csrc / operator
+    sources = [*csrc.glob("common/cuda/*.cu"), *folder.glob("*.cu"), *folder.glob("*_cuda.cpp")]
+    return build(sources, sanitizer, defines, csrc=csrc)
 
 
 def environment(sanitizer: str) -> dict[str, str]:

@@ -74,7 +74,7 @@ def run(library: str, operator: str, checks: list[str], quick: bool) -> dict[str
     outcome: dict[str, Any] = {name: {"passed": 0, "failures": []} for name in checks}
     for name in checks:
         checked = checking_values(kernels, VALUE_CHECKS[operator]) if name == "bad_input" else kernels
-        with candidate(spec, checked) as target:
+        with candidate(spec, checked, "cuda_host") as target:
             for example in examples(spec, [target], quick):
                 if example.check.name == name:
                     result = example.run()

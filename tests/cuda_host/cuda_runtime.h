@@ -27,6 +27,9 @@ inline const dim3& blockIdx = cuda_host::here.block;
 inline const dim3& blockDim = cuda_host::here.block_dim;
 inline const dim3& gridDim = cuda_host::here.grid_dim;
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };

@@ -2,6 +2,7 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -18,6 +19,7 @@ extern "C" char __stop_cuda_shared[] __attribute__((weak, visibility("hidden")))
 // AddressSanitizer must know which stack is in use.
 extern "C" void __sanitizer_start_switch_fiber(void**, const void*, size_t) __attribute__((weak));
 extern "C" void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) __attribute__((weak));
+extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t) __attribute__((weak));
 
 namespace cuda_host {
 
@@ -46,6 +48,7 @@ struct Fiber {
   unsigned mask = 0;
   uint64_t value = 0;
   Exchange got = {};
+  std::deque<std::vector<Copy>> copies = {{}};  // the last batch is open
 
   unsigned lane() const { return number % warp_lanes; }
 };
@@ -178,7 +181,10 @@ void complete_warp_operation(Fiber& fiber) {
       make_ready(block.fibers[first + lane]);
     }
   }
-  observer->warp_synchronizes(first, got.present);
+  // Shuffles and votes order no accesses to memory.
+  if (std::strcmp(fiber.site.operation, "__syncwarp") == 0) {
+    observer->warp_synchronizes(first, got.present);
+  }
 }
 
 void complete_barrier() {
@@ -222,8 +228,18 @@ void scramble(char* memory, size_t bytes) {
   }
 }
 
+std::vector<void*> stacks;
+
+// Fibers that were left in the middle leave marks of their frames.
+void clear_stacks() {
+  for (void* stack : stacks) {
+    if (__asan_unpoison_memory_region) {
+      __asan_unpoison_memory_region(stack, stack_bytes);
+    }
+  }
+}
+
 void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
-  static std::vector<void*> stacks;
   while (stacks.size() < threads) {
     stacks.push_back(new_stack());
   }
@@ -292,6 +308,23 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
 unsigned thread_number() { return current->number; }
 unsigned lane() { return current->lane(); }
 void* dynamic_shared() { return shared.get(); }
+
+void copy_later(const Copy& copy) { current->copies.back().push_back(copy); }
+void commit_copies() { current->copies.emplace_back(); }
+void wait_for_copies(size_t still_on_their_way, void (*perform)(const Copy&)) {
+  while (current->copies.size() > still_on_their_way + 1) {
+    for (const Copy& copy : current->copies.front()) {
+      perform(copy);
+    }
+    current->copies.pop_front();
+  }
+}
+
+bool in_kernel(const void* address) {
+  return current && (address < current->stack || address >= static_cast<char*>(current->stack) + stack_bytes) &&
+         (address < &here || address >= &here + 1);
+}
+
 void observe(Observer* who) { observer = who; }
 
 void fail(const std::string& message) {
@@ -339,6 +372,7 @@ std::string run(Dim3 grid, Dim3 threads, size_t shared_bytes, const std::functio
   for (uint64_t number : blocks) {
     run_block(number, static_cast<unsigned>(threads.count()), shared_bytes);
     if (!failure.empty()) {
+      clear_stacks();
       break;
     }
   }

@@ -49,11 +49,24 @@ unsigned thread_number();
 // Ends the launch.
 [[noreturn]] void fail(const std::string& message);
 
+// An asynchronous copy of the fiber that runs, the last bytes of it zeros.
+struct Copy {
+  char* to;
+  const char* from;
+  size_t bytes, zeroed;
+};
+void copy_later(const Copy& copy);
+void commit_copies();
+void wait_for_copies(size_t still_on_their_way, void (*perform)(const Copy&));
+
 // Dynamic shared memory of the block that runs.
 void* dynamic_shared();
 
 // Runs a kernel; returns what ended it, or an empty string.
 std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+// Whether a fiber runs, and the address is none of its own.
+bool in_kernel(const void* address);
 
 // Told by run() to whoever watches the accesses to memory.
 struct Observer {
@@ -61,7 +74,7 @@ struct Observer {
   virtual void block_begins(uint64_t) {}
   virtual void shared_memory_is(const void*, size_t) {}
   virtual void block_ends() {}
-  virtual void warp_synchronizes(unsigned, unsigned) {}  // first thread of the warp, lanes
+  virtual void warp_synchronizes(unsigned, unsigned) {}  // its first thread, the lanes that take part
   virtual void block_synchronizes() {}
   virtual ~Observer() = default;
 };
