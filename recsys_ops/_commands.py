@@ -222,6 +222,49 @@ def _bench(
         raise typer.Exit(code)
 
 
+def _known_targets(values: list[str] | None) -> list[str] | None:
+    from recsys_ops.inspection import TARGETS
+
+    known = dict.fromkeys(target for targets in TARGETS.values() for target in targets)
+    for value in values or ():
+        _one_of(known, value)
+    return values
+
+
+def _compiled_backend(value: str | None) -> str | None:
+    from recsys_ops.inspection import TARGETS
+
+    return _one_of(TARGETS, value)
+
+
+@app.command("inspect", epilog="Example: recsys-ops inspect --op embedding_bag --arch sm_90 --arch sm_90a")
+def _inspect(
+    op: Op = None,
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(callback=_known_targets, help="Only for this GPU, such as sm_90a; may be repeated."),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(callback=_compiled_backend, help="Only this backend: triton or cuda.")
+    ] = None,
+    record: Annotated[bool, typer.Option("--record", help="Expect from now on what is found now.")] = False,
+    json_path: JsonPath = None,
+) -> None:
+    """Compile the GPU kernels, no GPU needed, and tell what became of them; exits 1 where one got worse."""
+    from recsys_ops.inspection import TARGETS
+    from recsys_ops.inspection.command import run_inspect
+
+    if backend and arch and not set(arch) & set(TARGETS[backend]):
+        known = ", ".join(TARGETS[backend])
+        raise typer.BadParameter(f"expected --arch to be one of {known} for --backend {backend}")
+    with _output(json_path) as (console, json_file):
+        try:
+            code = run_inspect(op, arch, backend, record, json_file, console)
+        except (RuntimeError, OSError) as error:
+            _fail(str(error), 1)
+        raise typer.Exit(code)
+
+
 @app.command(
     "accelerate", epilog="Example: recsys-ops accelerate my_model:build_model --inputs my_model:make_inputs"
 )

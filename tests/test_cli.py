@@ -18,7 +18,7 @@ import torch
 
 from recsys_ops import __version__, backends, cli, doctor
 
-COMMANDS = ("doctor", "ops", "explain", "verify", "bench", "accelerate", "demo")
+COMMANDS = ("doctor", "ops", "explain", "verify", "bench", "inspect", "accelerate", "demo")
 ROOT = Path(__file__).parents[1]
 
 
