@@ -14,6 +14,8 @@ from recsys_ops.inspection.binaries import CompiledKernel
 
 FILE = Path(__file__).with_name("expectations.csv")
 COMPILERS = {"triton": "triton", "cuda": "nvcc"}
+# What every version of a compiler decides anew: Triton 3.6 has 6 loads in flight where 3.7 has 8.
+_SCHEDULING = ("occupancy", "loads_in_flight")
 
 
 class Key(NamedTuple):
@@ -132,7 +134,8 @@ def compare(
 ) -> list[Finding]:
     """What kernels lost of what is recorded of their operators, backends and GPUs.
 
-    Where a compiler's version is not the recorded one, a lower occupancy is only a note.
+    Where a compiler's version is not the recorded one, lower occupancy and fewer loads in flight are
+    only notes.
     """
     findings = []
     compiled = {key._replace(kernel="") for key in kernels}
@@ -146,7 +149,7 @@ def compare(
             same = recorded.versions.get(key.backend) == versions[key.backend]
             for name, words in expected.lost_by(found):
                 wanted, got = words.format(**asdict(expected)), words.format(**asdict(found))
-                findings.append(Finding(key, wanted, got, is_note=name == "occupancy" and not same))
+                findings.append(Finding(key, wanted, got, is_note=name in _SCHEDULING and not same))
     return findings
 
 
