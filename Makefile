@@ -1,6 +1,6 @@
 # Every target makes and uses .venv; PYTHON=python3 uses that interpreter as it is instead.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench gpu lint clean
+.PHONY: help demo test test-all bench check-cuda gpu lint clean
 
 ifdef PYTHON
 READY :=
@@ -17,9 +17,9 @@ TORCH ?= torch==2.13.0
 RUN := $(PYTHON) -m recsys_ops
 
 help: ## list the targets
-	@awk -F': .*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F': .*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv/ready: pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
+.venv/ready: pyproject.toml setup.py $(wildcard $(addprefix csrc/,*.cpp */*.cpp */*.h */*.cu */*.cuh */*/*))
 	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet "setuptools>=77" wheel "$(TORCH)"
 	.venv/bin/python -m pip install --quiet --no-build-isolation --editable ".[triton,dev]"
@@ -40,6 +40,9 @@ test-all: $(READY) ## every test
 
 bench: $(READY) $(READY:ready=peers) ## measure every operator against its peers
 	$(RUN) bench --json bench.json --html bench.html
+
+check-cuda: $(READY) ## compile the CUDA kernels for every GPU, with any PyTorch
+	$(PYTHON) setup.py -q check_cuda
 
 gpu: ## build, verify, sanitize, measure on this machine's GPU in ten minutes; PARTS="verify bench" for some
 	@$(GPU_PYTHON) -m recsys_ops.benchmarks.gpu $(PARTS)

@@ -1,11 +1,14 @@
-"""Loads the compiled extension, and keeps the reason where it cannot be loaded."""
+"""Loads the compiled extensions, and keeps the reason where they cannot be loaded."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
+
+import torch
 
 _module: ModuleType | None = None
 _reason: str | None = None
@@ -25,6 +28,25 @@ except ImportError as error:
 def missing() -> str | None:
     """Why the compiled kernels are absent, or None where they are loaded."""
     return _reason
+
+
+@functools.cache
+def cuda_missing() -> str | None:
+    """Why the compiled CUDA kernels are absent, or None where they are loaded; loads them."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if _reason is not None:
+        return _reason
+    try:
+        importlib.import_module("recsys_ops._C_cuda")
+    except ModuleNotFoundError:
+        return (
+            "the CUDA kernels are not in this installation; with nvcc present: RECSYS_OPS_BUILD=cuda "
+            "pip install --force-reinstall --no-deps --no-build-isolation recsys-ops"
+        )
+    except ImportError as error:
+        return f"the CUDA kernels do not load: {error}"
+    return None
 
 
 def module() -> ModuleType:

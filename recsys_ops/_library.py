@@ -14,6 +14,9 @@ from recsys_ops.backends import Implementation
 LIBRARY = torch.library.Library("recsys_ops", "FRAGMENT")
 _ops = torch.ops.recsys_ops
 
+# Both have the same operators, and the device of the tensors decides whose kernel runs.
+COMPILED = ("native", "cuda")
+
 
 def register_kernels(
     implementation: Implementation,
@@ -22,11 +25,11 @@ def register_kernels(
 ) -> SimpleNamespace | None:
     """The registered kernels of one backend, under the names of ``contract``; None where they are absent.
 
-    Compiled backends define theirs in ``csrc/registration.cpp`` as ``<name>``. For a backend
+    Compiled backends share theirs, defined in ``csrc/registration.cpp`` as ``<name>``. For a backend
     in Python, ``<name>_<backend>`` is defined here, with the schema that the annotations of
     the contract's function imply.
     """
-    compiled = implementation.backend == "native"
+    compiled = implementation.backend in COMPILED
     if compiled and _extension.missing():
         return None
     kernels = SimpleNamespace()
@@ -36,7 +39,8 @@ def register_kernels(
             LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
             LIBRARY.impl(name, _loading(implementation, function.__name__), "CompositeExplicitAutograd")
         kernel = getattr(_ops, name).default
-        torch.library.register_fake(kernel, fakes[function.__name__])
+        if implementation.backend != "cuda":
+            torch.library.register_fake(kernel, fakes[function.__name__])
         setattr(kernels, function.__name__, kernel)
     return kernels
 

@@ -13,7 +13,7 @@ ENVIRONMENT_VARIABLE = "RECSYS_OPS_CUDA_ARCHS"
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 OLDEST_RELEASE = (12, 0)
 
-FLAGS = ("-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi")
+FLAGS = ("-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wno-psabi")
 _JOB_BYTES = 2**31  # what compiling one source for one architecture takes at most
 
 
@@ -60,17 +60,16 @@ class Nvcc:
 
 
 def find_nvcc() -> Nvcc | None:
-    """The compiler named by CUDACXX, in CUDA_HOME or CUDA_PATH, on the PATH, or in its usual place."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    places = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]
-    for place in [*places, "/usr/local/cuda/bin/nvcc"]:
-        path = shutil.which(place) if place else None
-        if path is not None:
-            version = re.search(r"release (\d+)\.(\d+)", _output(path, "--version"))
+    """The one that CUDACXX names, else that of CUDA_HOME or CUDA_PATH, on the PATH, or in its usual place."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    if named := os.environ.get("CUDACXX"):
+        places = [named]
+    for path in filter(None, map(shutil.which, places)):
+        version = re.search(r"release (\d+)\.(\d+)", _output(path, "--version"))
+        if version is not None:
             known = _output(path, "--list-gpu-code") + _output(path, "--list-gpu-arch")
-            if version is not None:
-                release = (int(version[1]), int(version[2]))
-                return Nvcc(path, release, frozenset(known.split()))
+            return Nvcc(path, (int(version[1]), int(version[2])), frozenset(known.split()))
     return None
 
 
@@ -78,7 +77,7 @@ def missing() -> str | None:
     """Why CUDA kernels cannot be compiled here, or None where they can."""
     nvcc = find_nvcc()
     if nvcc is None:
-        return "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to where it is"
+        return "nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to its folder"
     if nvcc.release < OLDEST_RELEASE:
         oldest = "{}.{}".format(*OLDEST_RELEASE)
         return f"nvcc {nvcc.version} at {nvcc.path} is too old: expected {oldest} or later"

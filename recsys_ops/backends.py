@@ -61,6 +61,7 @@ def triton_rejects_device(device: str) -> str | None:
 # machine, or None where it is present.
 BACKENDS: dict[str, Callable[[], str | None]] = {
     "native": _extension.missing,
+    "cuda": _extension.cuda_missing,
     "triton": _triton_missing,
     "reference": lambda: None,
 }
@@ -224,7 +225,7 @@ def use_backend(name: str) -> Iterator[None]:
     The innermost block wins; a ``backend=`` argument wins over it.
 
     Args:
-        name: ``"reference"``, ``"native"`` or ``"triton"``.
+        name: ``"reference"``, ``"native"``, ``"cuda"`` or ``"triton"``.
 
     Raises:
         ValueError: ``name`` is not a backend.

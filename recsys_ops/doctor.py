@@ -165,6 +165,8 @@ def _findings(report: dict[str, Any], environment: dict[str, str]) -> Iterator[t
         failure = (package["build"] or {}).get("reason")
         remedy = _rebuild() if tools["compiler"] else f"install a C++17 compiler, then {_rebuild()}"
         yield f"{problem} (its build failed: {failure})" if failure else problem, remedy
+    elif torch["gpus"] and torch["cuda"] and tools["nvcc"] and package["cuda_kernels"] != "load":
+        yield f"there is a GPU, but {package['cuda_kernels']}", f"RECSYS_OPS_BUILD=cuda {_rebuild()}"
     if "extension" in package:
         for variable, problem in environment.items():
             yield problem, f"unset {variable}"
@@ -206,6 +208,7 @@ def _probe_package() -> dict[str, Any]:
         compiled = _extension.module()
         said["simd_levels"] = compiled.simd_levels()
         said["simd_level"] = _guarded(compiled.simd_level)
+    said["cuda_kernels"] = _extension.cuda_missing() or "load"
     said["serves"] = {
         f"{operator} on {device}": {backend: reason or "can serve" for backend, reason in reasons.items()}
         for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])

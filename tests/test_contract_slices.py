@@ -21,8 +21,12 @@ FILES = (
     *(f"recsys_ops/{{op}}/{part}.py" for part in PARTS),
     "csrc/{op}/{op}.h",
     "csrc/{op}/{op}_cpu.cpp",
+    "csrc/{op}/{op}_cuda.cpp",
+    "csrc/{op}/{op}_forward.cu",
+    "csrc/{op}/{op}_backward.cu",
     "triton_kernels/{op}.py",
     "tests/{op}/test_contract.py",
+    "tests/{op}/test_cuda_on_cpu.py",
 )
 # What kernels alone can get wrong; the other checks are of what surrounds them.
 CHECKS_OF_KERNELS = {

@@ -19,10 +19,10 @@ from recsys_ops import __version__, backends, doctor
 SCRIPT = Path(doctor.__file__)
 
 HEALTHY: dict[str, Any] = {
-    "tools": {"compiler": "g++ 12.2.0", "gpus": []},
+    "tools": {"compiler": "g++ 12.2.0", "nvcc": "release 13.0", "gpus": []},
     "packages": {**dict.fromkeys(doctor.PACKAGES, "1.0"), "torch": "2.13.0"},
     "torch": {"version": "2.13.0+cpu", "cuda": None, "gpus": []},
-    "recsys_ops": {"extension": "loads", "build": None},
+    "recsys_ops": {"extension": "loads", "cuda_kernels": "load", "build": None},
 }
 
 
@@ -156,6 +156,14 @@ def test_a_healthy_machine_has_no_findings() -> None:
             {"torch": {"cuda": "13.0", "gpus": ["H100"]}, "packages": {"triton": None}},
             "there is a GPU, but triton is not installed",
             "pip install triton",
+        ),
+        (
+            {
+                "torch": {"cuda": "13.0", "gpus": ["H100"]},
+                "recsys_ops": {"cuda_kernels": "the CUDA kernels are not in this installation"},
+            },
+            "there is a GPU, but the CUDA kernels are not in this installation",
+            f"RECSYS_OPS_BUILD=cuda pip install --no-build-isolation -e {SCRIPT.parents[1]}",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from recsys_ops import __version__
+from recsys_ops import __version__, _nvcc
+from recsys_ops.embedding_bag.cases import SPEC
 
 ROOT = Path(__file__).parents[1]
 LINKED = ("autotune", "benchmarks", "triton_kernels")
@@ -33,6 +35,21 @@ print(json.dumps({
     "gradient": weight.grad.tolist(),
     "chosen": explanation.chosen,
     "rejected": explanation.rejected,
+}))
+"""
+
+
+# Functions that PyTorch lacks are looked for when they are called, by this way to load.
+LOAD_WITHOUT_CUDA = """
+import importlib.util, json, os, sys
+import torch, recsys_ops
+from recsys_ops.embedding_bag.cases import SPEC
+sys.setdlopenflags(os.RTLD_LAZY)
+spec = importlib.util.spec_from_file_location("recsys_ops._C_cuda", sys.argv[1])
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+print(json.dumps({
+    name: has_kernel(f"recsys_ops::{name}", "CUDA") for name in vars(SPEC.kernels["reference"])
 }))
 """
 
@@ -148,13 +165,42 @@ def test_a_wheel_without_kernels_falls_back_to_the_reference_and_says_so(
     assert log.count("embedding_bag: reference serves float32 calls on cpu; not native: ") == 1
 
 
-@pytest.mark.parametrize("build", ["cuda", "everything"])
-def test_a_build_that_is_not_there_is_an_error(python_only: tuple[Path, Path], build: str) -> None:
+def test_a_build_that_is_not_there_is_an_error(python_only: tuple[Path, Path]) -> None:
     source, _ = python_only
-    done = _run(sys.executable, "setup.py", "--name", cwd=source, RECSYS_OPS_BUILD=build)
+    done = _run(sys.executable, "setup.py", "--name", cwd=source, RECSYS_OPS_BUILD="everything")
     assert done.returncode != 0
-    assert "RECSYS_OPS_BUILD" in done.stderr
-    assert build in done.stderr
+    assert "expected RECSYS_OPS_BUILD to be auto, cpu, cuda or none, got 'everything'" in done.stderr
+
+
+CHECK_CUDA = (sys.executable, "setup.py", "-q", "check_cuda")
+
+
+@pytest.mark.skipif(_nvcc.find_nvcc() is None, reason="needs nvcc")
+def test_cuda_kernels_compile_without_a_pytorch_with_cuda(
+    python_only: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, _ = python_only
+    done = _run(*CHECK_CUDA, cwd=source, RECSYS_OPS_CUDA_ARCHS="sm_80")
+    assert done.returncode == 0, done.stderr
+    assert "for sm_80: " in done.stdout
+    (module,) = source.glob("build/check_cuda/_C_cuda*.so")
+    loaded = _run(sys.executable, "-c", LOAD_WITHOUT_CUDA, module, cwd=ROOT)
+    assert loaded.returncode == 0, loaded.stderr
+    assert json.loads(loaded.stdout) == dict.fromkeys(vars(SPEC.kernels["reference"]), True)
+
+
+def test_an_unknown_gpu_is_an_error(python_only: tuple[Path, Path]) -> None:
+    if _nvcc.find_nvcc() is None:
+        pytest.skip("needs nvcc")
+    done = _run(*CHECK_CUDA, cwd=python_only[0], RECSYS_OPS_CUDA_ARCHS="sm_90a sm_35")
+    assert done.returncode == 1
+    assert re.search(r"expected RECSYS_OPS_CUDA_ARCHS to name what .*, got 'sm_35'", done.stderr)
+
+
+def test_cuda_asked_for_without_nvcc_is_an_error(python_only: tuple[Path, Path]) -> None:
+    done = _run(*CHECK_CUDA, cwd=python_only[0], CUDACXX="/none")
+    assert done.returncode == 1
+    assert "nvcc was not found" in done.stderr
 
 
 @pytest.mark.slow

@@ -16,6 +16,11 @@ namespace recsys_ops::embedding_bag::cuda {
 void forward(
     const Table& weight, const Bags& bags, const void* per_sample_weights, bool mean, void* out, cudaStream_t stream);
 
+// The same from Python objects, past the dispatcher: an EagerForward.
+void eager_forward(
+    const Table& weight, const Bags& bags, const void* per_sample_weights, bool mean, void* out, int device,
+    void* stream);
+
 // Maximum, and the position in its bag of the first entry that has it, -1 in an empty bag: both [B, D].
 void max_forward(const Table& weight, const Bags& bags, void* out, int32_t* argmax, cudaStream_t stream);
 

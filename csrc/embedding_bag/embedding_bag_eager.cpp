@@ -17,7 +17,18 @@ const DLPackExchangeAPI* torch_tensors = nullptr;
 PyObject* tensor_type = nullptr;
 PyObject* parameter_type = nullptr;
 
-// A dense tensor on the CPU, whose fields stay valid while the object does.
+void forward_on_cpu(
+    const Table& table, const Bags& bags, const void* per_sample_weights, bool mean, void* out, int, void*) {
+  forward(mean ? Mode::mean : Mode::sum, table, bags, per_sample_weights, out, nullptr);
+}
+
+EagerForward on_cpu = forward_on_cpu, on_cuda = nullptr;
+
+EagerForward* forward_on(int device_type) {
+  return device_type == kDLCPU ? &on_cpu : device_type == kDLCUDA ? &on_cuda : nullptr;
+}
+
+// A dense tensor, whose fields stay valid while the object does.
 bool view(PyObject* object, int most_dims, DLTensor* tensor) {
   PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (type != tensor_type && type != parameter_type) {
@@ -27,8 +38,11 @@ bool view(PyObject* object, int most_dims, DLTensor* tensor) {
     PyErr_Clear();
     return false;
   }
-  return tensor->device.device_type == kDLCPU && 1 <= tensor->ndim && tensor->ndim <= most_dims &&
-         tensor->dtype.lanes == 1;
+  return 1 <= tensor->ndim && tensor->ndim <= most_dims && tensor->dtype.lanes == 1;
+}
+
+bool same_device(const DLTensor& a, const DLTensor& b) {
+  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
 }
 
 char* data(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
@@ -113,6 +127,23 @@ PyObject* bind_eager(PyObject*, PyObject* types) {
   Py_RETURN_NONE;
 }
 
+PyObject* bind_eager_device(PyObject*, PyObject* arguments) {
+  int device_type;
+  PyObject* capsule;
+  if (!PyArg_ParseTuple(arguments, "iO", &device_type, &capsule)) {
+    return nullptr;
+  }
+  void* forward = PyCapsule_GetPointer(capsule, eager_forward_capsule);
+  if (!forward) {
+    return nullptr;
+  }
+  if (!forward_on(device_type)) {
+    return PyErr_Format(PyExc_ValueError, "embedding_bag: expected a CPU or CUDA device, got DLPack's %d", device_type);
+  }
+  *forward_on(device_type) = reinterpret_cast<EagerForward>(forward);
+  Py_RETURN_NONE;
+}
+
 PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != argument_count) {
     return PyErr_Format(PyExc_TypeError, "embedding_bag_eager: expected %d arguments, got %zd", argument_count, count);
@@ -121,7 +152,11 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Table table;
   Bags bags;
   if (!torch_tensors || !view(given[weight], 2, &rows) || rows.ndim != 2 || !as_dtype(rows.dtype, &table.dtype) ||
-      !view(given[input], 2, &ids) || !as_integers(ids, &bags.indices)) {
+      !view(given[input], 2, &ids) || !as_integers(ids, &bags.indices) || !same_device(ids, rows)) {
+    Py_RETURN_NONE;
+  }
+  EagerForward* const on_device = forward_on(rows.device.device_type);
+  if (!on_device || !*on_device) {
     Py_RETURN_NONE;
   }
   table.data = data(rows);
@@ -132,7 +167,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
 
   const bool last = PyObject_IsTrue(given[include_last_offset]) == 1;
   std::vector<int64_t> row_starts;
-  if (ids.ndim == 2 && given[offsets] == Py_None) {
+  if (ids.ndim == 2 && given[offsets] == Py_None && rows.device.device_type == kDLCPU) {
     row_starts.resize(ids.shape[0]);
     for (int64_t bag = 0; bag < ids.shape[0]; ++bag) {
       row_starts[bag] = bag * ids.shape[1];
@@ -141,7 +176,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
     bags.count = ids.shape[0];
   } else if (
       ids.ndim == 1 && view(given[offsets], 1, &starts) && as_integers(starts, &bags.offsets) &&
-      bags.offsets.size >= last) {
+      same_device(starts, rows) && bags.offsets.size >= last) {
     bags.count = bags.offsets.size - last;
   } else {
     Py_RETURN_NONE;
@@ -158,22 +193,29 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (given[factors] != Py_None) {
     DType dtype;
     if (!view(given[factors], 2, &weights) || !as_dtype(weights.dtype, &dtype) || dtype != table.dtype ||
-        !contiguous(weights) || weights.ndim != ids.ndim || weights.shape[0] != ids.shape[0] ||
+        !contiguous(weights) || !same_device(weights, rows) || weights.ndim != ids.ndim || weights.shape[0] != ids.shape[0] ||
         (ids.ndim == 2 && weights.shape[1] != ids.shape[1])) {
       Py_RETURN_NONE;
     }
     per_sample_weights = data(weights);
   }
 
+  void* stream = nullptr;
+  if (rows.device.device_type != kDLCPU &&
+      (!torch_tensors->current_work_stream ||
+       torch_tensors->current_work_stream(rows.device.device_type, rows.device.device_id, &stream) != 0)) {
+    PyErr_Clear();
+    Py_RETURN_NONE;
+  }
   void* memory = nullptr;
   PyObject* output = allocate(rows, bags.count, table.dim, &memory);
   if (!output) {
     return nullptr;
   }
-  const Mode mode = PyObject_IsTrue(given[mean]) == 1 ? Mode::mean : Mode::sum;
+  const bool is_mean = PyObject_IsTrue(given[mean]) == 1;
   PyThreadState* thread = PyEval_SaveThread();
   try {
-    forward(mode, table, bags, per_sample_weights, memory, nullptr);
+    (*on_device)(table, bags, per_sample_weights, is_mean, memory, rows.device.device_id, stream);
   } catch (const std::exception& error) {
     PyEval_RestoreThread(thread);
     Py_DECREF(output);

@@ -3,10 +3,21 @@
 
 #include <Python.h>
 
+#include "bags.h"
+
 namespace recsys_ops::embedding_bag {
+
+// Pools bags on one kind of device, on one of these and in order with what its stream has to do.
+using EagerForward = void (*)(
+    const Table& table, const Bags& bags, const void* per_sample_weights, bool mean, void* out, int device,
+    void* stream);
+inline constexpr const char* eager_forward_capsule = "recsys_ops.embedding_bag.EagerForward";
 
 // (torch.Tensor, torch.nn.Parameter): the types whose objects eager_forward reads.
 PyObject* bind_eager(PyObject* self, PyObject* types);
+
+// (DLPack's number of a kind of device, capsule of an EagerForward): who pools bags there.
+PyObject* bind_eager_device(PyObject* self, PyObject* arguments);
 
 // Sum or mean of bags without gradients, or None where an argument is not the plain case:
 // then the caller checks it, and takes the way of torch.ops.

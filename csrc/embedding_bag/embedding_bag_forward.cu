@@ -192,6 +192,13 @@ void forward(
   });
 }
 
+void eager_forward(
+    const Table& weight, const Bags& bags, const void* per_sample_weights, bool mean, void* out, int device,
+    void* stream) {
+  const CurrentDevice current(device);
+  forward(weight, bags, per_sample_weights, mean, out, static_cast<cudaStream_t>(stream));
+}
+
 void max_forward(const Table& weight, const Bags& bags, void* out, int32_t* argmax, cudaStream_t stream) {
   dispatch(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -126,7 +126,8 @@ def embedding_bag(
     input, offsets = input.contiguous(), offsets.contiguous()
     bags = (mode, padding_idx, include_last_offset, drop_invalid, scale_grad_by_freq, sparse)
     if output is not None:
-        return apply_eagerly(weight, per_sample_weights, input, offsets, (*bags, "native"), (output,))
+        backend = "native" if weight.is_cpu else "cuda"
+        return apply_eagerly(weight, per_sample_weights, input, offsets, (*bags, backend), (output,))
 
     if max_norm is not None:
         _renormalize(weight, input, offsets, max_norm, norm_type, include_last_offset, drop_invalid)
@@ -199,7 +200,7 @@ def _check_tensors(
 
 
 def _load_eager_forward() -> Callable[..., Tensor | None]:
-    """The native forward past the dispatcher; returns None for calls that it leaves to the checks below."""
+    """The compiled forward past the dispatcher; returns None for calls that it leaves to the checks below."""
     if _extension.missing():
         return lambda *args: None
     extension = _extension.module()
@@ -276,6 +277,12 @@ def _native_rejects(call: Call) -> str | None:
     return None
 
 
+def _cuda_rejects(call: Call) -> str | None:
+    if call.device not in ("cuda", "meta"):
+        return f"weight is on {call.device}, CUDA kernels run on NVIDIA GPUs"
+    return None
+
+
 def _triton_rejects(call: Call) -> str | None:
     return triton_rejects_device(call.device)
 
@@ -285,6 +292,7 @@ OPERATOR = Operator(
     [
         Implementation("reference", lambda: reference, lambda call: None),
         Implementation("native", lambda: autograd.KERNELS["native"], _native_rejects),
+        Implementation("cuda", lambda: autograd.KERNELS["cuda"], _cuda_rejects),
         Implementation(
             "triton",
             lambda: importlib.import_module("recsys_ops.triton_kernels.embedding_bag"),

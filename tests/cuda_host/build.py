@@ -100,6 +100,7 @@ def build_operator(
     """The CUDA kernels of an operator and what checks their arguments, as operators of PyTorch on the CPU."""
     folder = csrc / operator
     sources = [*csrc.glob("common/cuda/*.cu"), *folder.glob("*.cu"), *folder.glob("*_cuda.cpp")]
+    sources += HERE.glob(f"{operator}_*.cpp")
     return build(sources, sanitizer, defines, csrc=csrc)
 
 

@@ -88,6 +88,7 @@ class Watcher : public Observer {
     const unsigned thread = thread_number();
     const Access now = {block, thread, barriers, times[thread][thread % warp_lanes], true};
     const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    const bool is_global = !is_shared(begin);
     for (uintptr_t at = begin; at < begin + bytes; ++at) {
       Byte& memory = byte(at);
       if (!is_before(memory.write, now)) {
@@ -99,10 +100,12 @@ class Watcher : public Observer {
             end("writes", "was read", read, at, caller);
           }
         }
+        written += is_global && !memory.write.any;
         memory.write = now;
         memory.written_in = run;
       } else {
-        if (memory.written_in != run && is_shared(at)) {
+        read += is_global && !memory.read.any;
+        if (memory.written_in != run && !is_global) {
           fail("read of shared memory that nobody wrote" + place(caller));
         }
         if (memory.read.thread != thread || memory.read.block != block) {
@@ -112,6 +115,9 @@ class Watcher : public Observer {
       }
     }
   }
+
+  // Bytes of global memory that launches have read and written, each once for a launch.
+  uint64_t read = 0, written = 0;
 
  private:
   bool is_before(const Access& then, const Access& now) const {
@@ -197,6 +203,11 @@ ACCESSES(2)
 ACCESSES(4)
 ACCESSES(8)
 ACCESSES(16)
+
+extern "C" __attribute__((visibility("default"))) void cuda_host_take_traffic(uint64_t* read, uint64_t* written) {
+  *read = std::exchange(cuda_host::watcher.read, 0);
+  *written = std::exchange(cuda_host::watcher.written, 0);
+}
 
 extern "C" {
 void __tsan_init() {}

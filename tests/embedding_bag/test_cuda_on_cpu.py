@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from cuda_host.build import COMPILER, HERE, ROOT, build_operator, environment
 
+from recsys_ops import _extension
+from recsys_ops.embedding_bag.cost import backward_cost, forward_cost
 from recsys_ops.testing import CHECKS
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
@@ -69,6 +72,104 @@ def test_contract(suite: Any, sanitizer: str, check: str) -> None:
 def test_whole_contract(suite: Any, sanitizer: str) -> None:
     for outcome in suite(sanitizer, "all").values():
         check_outcome(outcome)
+
+
+EAGER = """
+import ctypes, sys
+import torch
+from recsys_ops import _extension, embedding_bag
+
+torch.ops.load_library(sys.argv[1])
+forward = ctypes.CDLL(sys.argv[1]).embedding_bag_eager_forward
+forward.restype = ctypes.c_void_p
+new_capsule = ctypes.pythonapi.PyCapsule_New
+new_capsule.restype = ctypes.py_object
+new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+name = ctypes.create_string_buffer(b"recsys_ops.embedding_bag.EagerForward")
+
+weight = torch.randn(9, 40)
+ids, offsets, factors = torch.tensor([1, 8, 3, 3, 0]), torch.tensor([0, 2, 2]), torch.randn(5)
+
+def results():
+    for mode in ("sum", "mean"):
+        yield embedding_bag(ids, weight, offsets, mode=mode)
+        yield embedding_bag(ids, weight, offsets, mode=mode, per_sample_weights=factors, padding_idx=3)
+
+wanted = list(results())
+_extension.module().bind_eager_device(1, new_capsule(forward(), name, None))
+for found, expected in zip(results(), wanted, strict=True):
+    torch.testing.assert_close(found, expected)
+try:
+    embedding_bag(torch.tensor([9]), weight, torch.tensor([0]))
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_eager_calls_past_the_dispatcher() -> None:
+    if reason := _extension.missing():
+        pytest.skip(reason)
+    library = build_operator(OP, "address", DEFINES["address"])
+    done = subprocess.run(
+        [sys.executable, "-c", EAGER, str(library)],
+        env=environment("address"),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert "CUDA: embedding_bag: expected offsets from 0" in done.stdout
+
+
+TRAFFIC = """
+import ctypes, json, sys
+import torch
+from cuda_host.contract import load_kernels
+
+library = ctypes.CDLL(sys.argv[1])
+kernels = load_kernels(sys.argv[1], "embedding_bag")
+B, L, R, D = 64, 20, 2000, 128
+generator = torch.Generator().manual_seed(0)
+weight, grad = (torch.randn(n, D, generator=generator) for n in (R, B))
+ids, offsets = torch.randint(R, (B * L,), generator=generator), torch.arange(0, B * L + 1, L)
+
+def traffic(call):
+    read, written = ctypes.c_uint64(), ctypes.c_uint64()
+    call()
+    library.cuda_host_take_traffic(ctypes.byref(read), ctypes.byref(written))
+    return read.value, written.value
+
+print(json.dumps({
+    "unique": len(ids.unique()),
+    "forward": traffic(
+        lambda: kernels.embedding_bag_forward(weight, ids, offsets, None, False, -1, True, False)
+    ),
+    "backward": traffic(lambda: kernels.embedding_bag_backward_sparse(
+        grad, ids, offsets, None, R, False, -1, True, False, False)),
+}))
+"""
+
+
+def test_no_byte_is_moved_twice() -> None:
+    """By one launch, between memory and the caches: what the limit of a kernel is reckoned from."""
+    library = build_operator(OP, "races")
+    command = [sys.executable, "-c", TRAFFIC, str(library)]
+    paths = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, env=paths, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    bags, ids, rows, dim = 64, 64 * 20, found["unique"], 128
+    arguments = 256  # of a launch
+    forward = forward_cost(bags, ids, rows, dim).bytes
+    assert forward <= sum(found["forward"]) < forward + arguments
+
+    least = backward_cost(bags, ids, rows, dim).bytes
+    keys = 5 * 8 * ids  # written, read by two launches that number the runs, written anew, read by the sums
+    pieces = 2 * ids // 32 * (8 + 4 * dim)  # of runs that cross chunks, where all do
+    counts = 3 * 8 * ids // 32
+    assert least <= sum(found["backward"]) < least + keys + 2.2 * pieces + counts + 8 * arguments
+    sort = 5 * 8 * ids  # counted, then two passes, since the rows have eleven bits
+    assert least / (sum(found["backward"]) + sort) > 0.7
 
 
 # File, what stands there, what is planted in its place, who finds it, and what is said.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cstdint>
 
 // Ends the kernel with a message, as PyTorch's own kernels do.

@@ -27,6 +27,29 @@ inline void check(cudaError_t error) {
   }
 }
 
+// Makes a device the current one while it lives.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int device) {
+    check(cudaGetDevice(&before));
+    if (device != before) {
+      check(cudaSetDevice(device));
+      changed = true;
+    }
+  }
+  ~CurrentDevice() {
+    if (changed) {
+      cudaSetDevice(before);
+    }
+  }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before = 0;
+  bool changed = false;
+};
+
 // Starts kernel(arguments...) on a one-dimensional grid. Groups take tasks in turns where there
 // are more of them than a grid can hold.
 template <class... Parameters, class... Arguments>
