@@ -10,10 +10,13 @@ class BagReader {
  public:
   int64_t begin, end;  // within the indices, whatever the offsets say
 
-  // Notes in `good` what the contract refuses.
+  // Notes in `good` what the contract refuses. A bag that does not exist is empty.
   __device__ BagReader(const Bags& bags, int64_t bag, bool& good)
-      : begin(bags.begin(bag)), end(bags.end(bag)), bags(bags), good(good) {
-    if (!bags.well_formed(bag) || (bag == 0 && begin != 0)) {
+      : begin(bag < bags.count ? bags.begin(bag) : 0),
+        end(bag < bags.count ? bags.end(bag) : 0),
+        bags(bags),
+        good(good) {
+    if (bag < bags.count && (!bags.well_formed(bag) || (bag == 0 && begin != 0))) {
       good = false;
       begin = end = 0;
     }

@@ -28,17 +28,10 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   const Group group(fewest_lanes);
   const uint64_t dead = static_cast<uint64_t>(bags.num_embeddings) << layout.source_bits;
   bool good = true;
-  for (int64_t bag = group.first_task(); bag <= bags.count; bag += group.stride()) {
-    if (bag == bags.count) {
-      const int64_t begin = bag > 0 ? bags.end(bag - 1) : 0;
-      for (int64_t entry = (begin < 0 ? 0 : begin) + group.lane; entry < bags.indices.size; entry += group.lanes) {
-        keys[entry] = dead;
-      }
-      continue;
-    }
+  for (int64_t bag = group.first_task(); any(bag <= bags.count); bag += group.stride()) {
     const BagReader reader(bags, bag, good);
     int64_t size = 0;
-    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
       const int64_t entry = first + group.lane;
       const int64_t row = reader.row(entry);
       if (entry < reader.end) {
@@ -50,8 +43,14 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
       }
       size += __popc(group.vote(row >= 0));
     }
-    if (bag_scale && group.lane == 0) {
+    if (bag_scale && bag < bags.count && group.lane == 0) {
       bag_scale[bag] = size > 0 ? 1.0 / static_cast<double>(size) : 1.0;
+    }
+    if (bag == bags.count) {
+      const int64_t end = bag > 0 ? bags.end(bag - 1) : 0;
+      for (int64_t entry = (end < 0 ? 0 : end) + group.lane; entry < bags.indices.size; entry += group.lanes) {
+        keys[entry] = dead;
+      }
     }
   }
   check_values(good);
@@ -158,17 +157,13 @@ struct EntryTerms {
   }
 
   __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
-    InFlight term = {};
+    InFlight term;
     const int64_t cell = group.broadcast(own.bag, from) * gradient.dim + column;
+    term.values = load<N>(static_cast<const T*>(gradient.output) + cell, wanted);
     term.weight = gradient.per_sample_weights || entries.bag_scale ? group.broadcast(own.weight, from) : A{1};
-    if (wanted) {
-      term.values = load<N>(static_cast<const T*>(gradient.output) + cell);
-    }
     if constexpr (WHERE) {
+      term.winner = load<N>(gradient.argmax + cell, wanted);
       term.position = group.broadcast(own.position, from);
-      if (wanted) {
-        term.winner = load<N>(gradient.argmax + cell);
-      }
     }
     return term;
   }
@@ -206,12 +201,7 @@ struct PieceTerms {
   __device__ Own look(int64_t entry) const { return {entry}; }
 
   __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
-    InFlight term = {};
-    const int64_t entry = group.broadcast(own.entry, from);
-    if (wanted) {
-      term.values = load<N>(sums + entry * dim + column);
-    }
-    return term;
+    return {load<N>(sums + group.broadcast(own.entry, from) * dim + column, wanted)};
   }
 
   __device__ void add(Pack<A, N>& sum, const InFlight& term) const {
@@ -256,25 +246,22 @@ __device__ void sum_chunk(
     const Terms& terms, const Results<T>& to, const Group& group, int64_t chunk, int64_t column, bool writes_targets) {
   using A = Accumulate<T>;
   const int64_t begin = chunk * chunk_length;
-  const int64_t end = terms.size - begin < chunk_length ? terms.size : begin + chunk_length;
-  const bool inside = column < to.dim;
-  const int64_t before = begin > 0 ? terms.target(begin - 1) : -1;
-  const int64_t after = end < terms.size ? terms.target(end) : -1;
-  const int64_t first_target = terms.target(begin), last_target = terms.target(end - 1);
-  const bool begins_before = before >= 0 && before == first_target;
-  const bool goes_on = after >= 0 && after == last_target;
+  const auto target_of = [&](int64_t entry) { return 0 <= entry && entry < terms.size ? terms.target(entry) : -1; };
+  const bool inside = begin < terms.size && column < to.dim;
+  const int64_t first_target = target_of(begin), last_target = target_of(begin + chunk_length - 1);
+  const bool begins_before = first_target >= 0 && target_of(begin - 1) == first_target;
+  const bool goes_on = last_target >= 0 && target_of(begin + chunk_length) == last_target;
   bool in_first_run = begins_before;
   Pack<A, N> sum = {};
-  for (int64_t first = begin; first < end; first += group.lanes) {
+  for (int64_t first = begin; first < begin + chunk_length; first += group.lanes) {
     const int64_t entry = first + group.lane;
-    const int64_t target = entry < end ? terms.target(entry) : -1;
-    const int64_t next = entry + 1 < terms.size && entry < end ? terms.target(entry + 1) : -1;
+    const int64_t target = target_of(entry), next = target_of(entry + 1);
     typename Terms::Own own = {};
     if (target >= 0) {
       own = terms.look(entry);
     }
     const unsigned live = group.vote(target >= 0), ends = group.vote(target >= 0 && target != next);
-    for (int i = 0; i < group.lanes && live >> i != 0; i += rows_in_flight) {
+    for (int i = 0; i < group.lanes && any(live >> i != 0); i += rows_in_flight) {
       typename Terms::InFlight in_flight[rows_in_flight];
 #pragma unroll
       for (int u = 0; u < rows_in_flight; ++u) {
@@ -285,20 +272,23 @@ __device__ void sum_chunk(
         if (live >> (i + u) & 1) {
           terms.add(sum, in_flight[u]);
         }
-        if (ends >> (i + u) & 1) {
+        const bool ends_here = ends >> (i + u) & 1;
+        if (any(ends_here)) {
           const int64_t ended = group.broadcast(target, i + u);
-          if (inside && in_first_run) {
-            store<N>(to.pieces + 2 * chunk * to.dim + column, sum);
-          } else if (inside) {
-            to.finish(ended, sum, column);
+          if (ends_here) {
+            if (inside && in_first_run) {
+              store<N>(to.pieces + 2 * chunk * to.dim + column, sum);
+            } else if (inside) {
+              to.finish(ended, sum, column);
+            }
+            in_first_run = false;
+            sum = {};
           }
-          in_first_run = false;
-          sum = {};
         }
       }
     }
   }
-  if (writes_targets) {
+  if (writes_targets && inside) {
     to.targets[2 * chunk] = begins_before ? first_target : -1;
     to.targets[2 * chunk + 1] = goes_on ? last_target : -1;
   }
@@ -320,7 +310,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   const EntryTerms<T, N, WHERE> terms = {gradient, entries, size, rows};
   const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
   const int64_t chunks = (size + chunk_length - 1) / chunk_length;
-  for (int64_t task = group.first_task(); task < chunks * tiles.blocks; task += group.stride()) {
+  for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
   }
@@ -334,7 +324,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   const PieceTerms<Accumulate<T>, N> terms = {from_targets, from, count, gradient.dim};
   const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
   const int64_t chunks = (count + chunk_length - 1) / chunk_length;
-  for (int64_t task = group.first_task(); task < chunks * tiles.blocks; task += group.stride()) {
+  for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
   }

@@ -24,11 +24,9 @@ struct RowsInFlight {
 #pragma unroll
     for (int u = 0; u < rows_in_flight; ++u) {
       row[u] = group.broadcast(lane_row, first + u);
-      values[u] = {};
-      if (row[u] >= 0 && place.column < table.dim) {
-        const int64_t column = N == 1 ? place.column * table.column_stride : place.column;
-        values[u] = load<N>(static_cast<const T*>(table.data) + row[u] * table.row_stride + column);
-      }
+      const int64_t column = N == 1 ? place.column * table.column_stride : place.column;
+      const T* from = static_cast<const T*>(table.data) + row[u] * table.row_stride + column;
+      values[u] = load<N>(from, row[u] >= 0 && place.column < table.dim);
     }
   }
 };
@@ -39,18 +37,17 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   using A = Accumulate<T>;
   const Group group(tiles.lanes);
   bool good = true;
-  for (int64_t task = group.first_task(); task < bags.count * tiles.blocks; task += group.stride()) {
+  for (int64_t task = group.first_task(); any(task < bags.count * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     BagReader reader(bags, place.row, good);
     Pack<A, N> pooled = {};
     int64_t size = 0;
-    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
       const int64_t entry = first + group.lane;
       const int64_t row = reader.row(entry);
       const A weight = per_sample_weights && row >= 0 ? widen(per_sample_weights[entry]) : A{0};
       size += __popc(group.vote(row >= 0));
-      const int left = reader.end - first < group.lanes ? static_cast<int>(reader.end - first) : group.lanes;
-      for (int i = 0; i < left; i += rows_in_flight) {
+      for (int i = 0; i < group.lanes && any(first + i < reader.end); i += rows_in_flight) {
         RowsInFlight<N, T> rows;
         rows.load_from(table, place, group, row, i);
 #pragma unroll
@@ -64,7 +61,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
         }
       }
     }
-    if (place.column < table.dim) {
+    if (place.row < bags.count && place.column < table.dim) {
       if (mean && size > 0) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -83,19 +80,18 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
   using A = Accumulate<T>;
   const Group group(tiles.lanes);
   bool good = true;
-  for (int64_t task = group.first_task(); task < bags.count * tiles.blocks; task += group.stride()) {
+  for (int64_t task = group.first_task(); any(task < bags.count * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     BagReader reader(bags, place.row, good);
-    Pack<T, N> highest = {};
+    Pack<A, N> highest = {};
     Pack<int32_t, N> position;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       position[k] = -1;
     }
-    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
       const int64_t row = reader.row(first + group.lane);
-      const int left = reader.end - first < group.lanes ? static_cast<int>(reader.end - first) : group.lanes;
-      for (int i = 0; i < left; i += rows_in_flight) {
+      for (int i = 0; i < group.lanes && any(first + i < reader.end); i += rows_in_flight) {
         RowsInFlight<N, T> rows;
         rows.load_from(table, place, group, row, i);
 #pragma unroll
@@ -104,17 +100,17 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
 #pragma unroll
           for (int k = 0; k < N; ++k) {
             // A NaN compares as false, so it wins only where there is no maximum yet, and then stays.
-            const A value = widen(values[k]), best = widen(highest[k]);
-            if (rows.row[u] >= 0 && (position[k] < 0 || value > best)) {
-              highest[k] = values[k];
+            const A value = widen(values[k]);
+            if (rows.row[u] >= 0 && (position[k] < 0 || value > highest[k])) {
+              highest[k] = value;
               position[k] = static_cast<int32_t>(first - reader.begin) + i + u;
             }
           }
         }
       }
     }
-    if (place.column < table.dim) {
-      store<N>(out + place.row * table.dim + place.column, highest);
+    if (place.row < bags.count && place.column < table.dim) {
+      store<N>(out + place.row * table.dim + place.column, narrowed<T>(highest));
       store<N>(argmax + place.row * table.dim + place.column, position);
     }
   }
@@ -128,24 +124,20 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   using A = Accumulate<T>;
   const Group group(tiles.lanes);
   bool good = true;
-  for (int64_t bag = group.first_task(); bag < bags.count; bag += group.stride()) {
+  for (int64_t bag = group.first_task(); any(bag < bags.count); bag += group.stride()) {
     BagReader reader(bags, bag, good);
     int64_t size = 0;
-    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
       size += __popc(group.vote(reader.row(first + group.lane) >= 0));
     }
-    for (int64_t first = reader.begin; first < reader.end; first += group.lanes) {
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
       const int64_t row = reader.row(first + group.lane);
-      const int left = reader.end - first < group.lanes ? static_cast<int>(reader.end - first) : group.lanes;
-      for (int i = 0; i < left; i += rows_in_flight) {
+      for (int i = 0; i < group.lanes && any(first + i < reader.end); i += rows_in_flight) {
         A dots[rows_in_flight] = {};
         for (int64_t block = 0; block < tiles.blocks; ++block) {
           const Place place = place_of(bag * tiles.blocks + block, tiles, N, group.lane);
-          Raw<T, N> raw = {};
-          if (place.column < table.dim) {
-            raw = load<N>(grad_output + bag * table.dim + place.column);
-          }
-          const Pack<T, N> gradient = raw.unpacked();
+          const bool inside = bag < bags.count && place.column < table.dim;
+          const Pack<T, N> gradient = load<N>(grad_output + bag * table.dim + place.column, inside).unpacked();
           RowsInFlight<N, T> rows;
           rows.load_from(table, place, group, row, i);
 #pragma unroll
@@ -160,7 +152,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
 #pragma unroll
         for (int u = 0; u < rows_in_flight; ++u) {
           dots[u] = group.sum(dots[u]);
-          if (group.lane == u && i + u < left) {
+          if (group.lane == u && first + i + u < reader.end) {
             narrow(mean && size > 0 ? dots[u] / static_cast<A>(size) : dots[u], out[first + i + u]);
           }
         }

@@ -42,6 +42,11 @@ T __ldg(const T* from) {
   return *from;
 }
 
+template <class T>
+void __stwb(T* to, T value) {
+  *to = value;
+}
+
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

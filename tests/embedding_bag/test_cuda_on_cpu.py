@@ -180,11 +180,17 @@ FAULTS = {
         "address",
         r"forward_backward \[|AddressSanitizer",
     ),
-    "a mask for the first lanes only": (
+    "a mask that leaves a lane out": (
         "common/cuda/group.cuh",
-        (" << first_lane)", ")"),
+        ("whole_warp = 0xffffffff;", "whole_warp = 0x7fffffff;"),
         "address",
         "lane outside of its own mask",
+    ),
+    "votes of other groups counted": (
+        "common/cuda/group.cuh",
+        (" >> first_lane & whole_warp >> (warp_lanes - lanes)", " >> first_lane"),
+        "address",
+        r"forward_backward \[.*mean",
     ),
     "columns past the end of a row": (
         f"{OP}/embedding_bag_forward.cu",
@@ -194,7 +200,7 @@ FAULTS = {
     ),
     "a shuffle that not all lanes reach": (
         f"{OP}/embedding_bag_forward.cu",
-        ("Raw<T, N> raw = {};", "if (place.column >= table.dim) continue; Raw<T, N> raw = {};"),
+        ("const Pack<T, N> gradient = load", "if (!inside) continue;\nconst Pack<T, N> gradient = load"),
         "address",
         "divergent warp operation",
     ),

@@ -17,7 +17,10 @@
 namespace recsys_ops::cuda {
 
 constexpr int warp_lanes = 32;
+constexpr unsigned whole_warp = 0xffffffff;
 
+// The groups of a warp go through every loop together, so that shuffles and votes are those of whole
+// warps: with masks known only at run time each of them takes a dozen instructions.
 class Group {
  public:
   const int lanes;  // a power of two
@@ -26,8 +29,7 @@ class Group {
   __device__ explicit Group(int lanes)
       : lanes(lanes),
         lane(static_cast<int>(threadIdx.x) & (lanes - 1)),
-        first_lane(static_cast<int>(threadIdx.x) & (warp_lanes - 1) & ~(lanes - 1)),
-        mask((0xffffffffu >> (warp_lanes - lanes)) << first_lane) {}
+        first_lane(static_cast<int>(threadIdx.x) & (warp_lanes - 1) & ~(lanes - 1)) {}
 
   // Tasks of this group: the first, and the distance from each to the next.
   __device__ int64_t first_task() const {
@@ -38,24 +40,28 @@ class Group {
   // The value that one of the lanes has.
   template <class V>
   __device__ V broadcast(V value, int from) const {
-    return __shfl_sync(mask, value, from, lanes);
+    return __shfl_sync(whole_warp, value, from, lanes);
   }
 
   // A bit for each lane.
-  __device__ unsigned vote(bool yes) const { return __ballot_sync(mask, yes) >> first_lane; }
+  __device__ unsigned vote(bool yes) const {
+    return __ballot_sync(whole_warp, yes) >> first_lane & whole_warp >> (warp_lanes - lanes);
+  }
 
   // In a fixed order, for all lanes.
   template <class V>
   __device__ V sum(V value) const {
     for (int distance = lanes / 2; distance > 0; distance /= 2) {
-      value += __shfl_xor_sync(mask, value, distance, lanes);
+      value += __shfl_xor_sync(whole_warp, value, distance, lanes);
     }
     return value;
   }
 
  private:
   const int first_lane;
-  const unsigned mask;
 };
+
+// Whether any lane of the warp says yes.
+__device__ inline bool any(bool yes) { return __any_sync(whole_warp, yes); }
 
 }  // namespace recsys_ops::cuda

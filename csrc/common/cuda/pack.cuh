@@ -21,25 +21,56 @@ struct Pack {
 };
 
 template <int BYTES>
-struct Word;
+struct WordOf;
 template <>
-struct Word<16> {
+struct WordOf<16> {
   using type = uint4;
 };
 template <>
-struct Word<8> {
+struct WordOf<8> {
   using type = uint2;
 };
 template <>
-struct Word<4> {
+struct WordOf<4> {
   using type = unsigned int;
 };
 template <>
-struct Word<2> {
+struct WordOf<2> {
   using type = unsigned short;
 };
 
 constexpr int widest_word = 16;
+
+// The word at an address that no one writes to during the kernel, or zeros. The load itself has the
+// condition: behind a branch, it would be waited for at once.
+#if defined(__CUDACC__)
+__device__ inline void load_word(uint4& word, const uint4* from, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+      "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "=&r"(word.x), "=&r"(word.y), "=&r"(word.z), "=&r"(word.w)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_word(uint2& word, const uint2* from, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
+      : "=&r"(word.x), "=&r"(word.y)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_word(unsigned int& word, const unsigned int* from, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
+      : "=&r"(word)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_word(unsigned short& word, const unsigned short* from, bool wanted) {
+  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1]; }"
+      : "=&h"(word)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+#else
+template <class W>
+void load_word(W& word, const W* from, bool wanted) {
+  word = wanted ? *from : W{};
+}
+#endif
 
 // N elements as they come from memory. Unpacked only where they are used, so that elements of 16 bits
 // on their way take half a register each.
@@ -47,9 +78,9 @@ template <class T, int N>
 struct Raw {
   static constexpr int bytes = N * sizeof(T) < widest_word ? N * sizeof(T) : widest_word;
   static constexpr int count = N * sizeof(T) / bytes;
-  using W = typename Word<bytes>::type;
+  using Word = typename WordOf<bytes>::type;
 
-  W words[count];
+  Word words[count];
 
   __device__ Pack<T, N> unpacked() const {
     Pack<T, N> pack;
@@ -58,26 +89,27 @@ struct Raw {
   }
 };
 
-// From memory that no one writes during the kernel; aligned to all N elements, or to 16 bytes.
+// Aligned to all N elements, or to 16 bytes.
 template <int N, class T>
-__device__ Raw<T, N> load(const T* from) {
-  using W = typename Raw<T, N>::W;
+__device__ Raw<T, N> load(const T* from, bool wanted) {
+  using Word = typename Raw<T, N>::Word;
   Raw<T, N> raw;
 #pragma unroll
   for (int w = 0; w < raw.count; ++w) {
-    raw.words[w] = __ldg(reinterpret_cast<const W*>(from) + w);
+    load_word(raw.words[w], reinterpret_cast<const Word*>(from) + w, wanted);
   }
   return raw;
 }
 
 template <int N, class T>
 __device__ void store(T* to, const Pack<T, N>& pack) {
-  using W = typename Raw<T, N>::W;
+  using Word = typename Raw<T, N>::Word;
   Raw<T, N> raw;
   memcpy(raw.words, &pack, sizeof(pack));
 #pragma unroll
   for (int w = 0; w < raw.count; ++w) {
-    reinterpret_cast<W*>(to)[w] = raw.words[w];
+    // As one instruction: an assignment is taken apart into elements.
+    __stwb(reinterpret_cast<Word*>(to) + w, raw.words[w]);
   }
 }
 
