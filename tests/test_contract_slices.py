@@ -16,7 +16,7 @@ from recsys_ops.testing.verify import spec_of
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = sorted(operators())
-PARTS = ("api", "reference", "autograd", "cost", "modules", "cases")
+PARTS = ("api", "reference", "autograd", "cost", "modules", "cases", "variants")
 FILES = (
     *(f"recsys_ops/{{op}}/{part}.py" for part in PARTS),
     "csrc/{op}/{op}.h",
