@@ -18,9 +18,9 @@ namespace {
 
 using namespace recsys_ops::cuda;
 
-constexpr int rows_in_flight = 8;
+constexpr int loads_in_flight = 8;
 constexpr int chunk_length = 32;
-static_assert(rows_in_flight <= fewest_lanes && chunk_length % warp_lanes == 0);
+static_assert(loads_in_flight <= fewest_lanes && chunk_length % warp_lanes == 0);
 
 // Bags, and as a last task the entries after the last bag.
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_entries_kernel(
@@ -94,22 +94,27 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   }
 }
 
-// Entries of a run, counted by bisection.
-__device__ int64_t run_length(const SortedEntries& entries, int64_t size, int64_t target) {
-  int64_t bounds[2];
-  for (int64_t side = 0; side < 2; ++side) {
-    int64_t low = 0, high = size;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (entries.row(middle) < target + side) {
-        low = middle + 1;
-      } else {
-        high = middle;
+// 1 / the entries of each one's run, which two bisections count.
+__global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
+    embedding_bag_scale_runs_kernel(SortedEntries entries, int64_t size, double* run_scale) {
+  const Group group(1);
+  for (int64_t entry = group.first_task(); entry < size; entry += group.stride()) {
+    const int64_t row = entries.row(entry);
+    int64_t bounds[2];
+    for (int side = 0; side < 2; ++side) {
+      int64_t low = side == 0 ? 0 : entry, high = side == 0 ? entry : size;
+      while (low < high) {
+        const int64_t middle = low + (high - low) / 2;
+        if (entries.row(middle) < row + side) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
       }
+      bounds[side] = low;
     }
-    bounds[side] = low;
+    run_scale[entry] = 1.0 / static_cast<double>(bounds[1] - bounds[0]);
   }
-  return bounds[1] - bounds[0];
 }
 
 // The terms of sums, first those that entries stand for, then pieces of runs. A target is the row
@@ -117,6 +122,7 @@ __device__ int64_t run_length(const SortedEntries& entries, int64_t size, int64_
 template <class T, int N, bool WHERE>
 struct EntryTerms {
   using A = Accumulate<T>;
+  static constexpr int in_flight = WHERE ? loads_in_flight / 2 : loads_in_flight;
   const Gradient& gradient;
   const SortedEntries& entries;
   const int64_t size;
@@ -150,6 +156,9 @@ struct EntryTerms {
     if (entries.bag_scale) {
       own.weight *= static_cast<A>(entries.bag_scale[bag]);
     }
+    if (entries.run_scale) {
+      own.weight *= static_cast<A>(entries.run_scale[entry]);
+    }
     if constexpr (WHERE) {
       own.position = static_cast<int32_t>(source - entries.offsets[bag]);
     }
@@ -160,7 +169,8 @@ struct EntryTerms {
     InFlight term;
     const int64_t cell = group.broadcast(own.bag, from) * gradient.dim + column;
     term.values = load<N>(static_cast<const T*>(gradient.output) + cell, wanted);
-    term.weight = gradient.per_sample_weights || entries.bag_scale ? group.broadcast(own.weight, from) : A{1};
+    const bool weighted = gradient.per_sample_weights || entries.bag_scale || entries.run_scale;
+    term.weight = weighted ? group.broadcast(own.weight, from) : A{1};
     if constexpr (WHERE) {
       term.winner = load<N>(gradient.argmax + cell, wanted);
       term.position = group.broadcast(own.position, from);
@@ -184,6 +194,7 @@ struct EntryTerms {
 
 template <class A, int N>
 struct PieceTerms {
+  static constexpr int in_flight = loads_in_flight;
   const int64_t* targets;
   const A* sums;
   const int64_t size;
@@ -213,29 +224,13 @@ struct PieceTerms {
   }
 };
 
-// Where the sums of runs go, and of pieces of them.
+// Where the sums of runs go, [rows, D], and for each chunk its two pieces of runs.
 template <class T>
 struct Results {
   T* out;
   int64_t* targets;
   Accumulate<T>* pieces;
   int64_t dim;
-  // For scale_grad_by_freq.
-  const SortedEntries& entries;
-  int64_t size;
-  const Gradient& gradient;
-
-  template <int N>
-  __device__ void finish(int64_t target, Pack<Accumulate<T>, N> sum, int64_t column) const {
-    if (gradient.scale_grad_by_freq) {
-      const auto scale = gradient.template scale<Accumulate<T>>(run_length(entries, size, target));
-#pragma unroll
-      for (int k = 0; k < N; ++k) {
-        sum[k] *= scale;
-      }
-    }
-    store<N>(out + target * dim + column, narrowed<T>(sum));
-  }
 };
 
 // Sums the runs in one chunk of the terms. A run that began before it or goes on after it is left
@@ -261,14 +256,14 @@ __device__ void sum_chunk(
       own = terms.look(entry);
     }
     const unsigned live = group.vote(target >= 0), ends = group.vote(target >= 0 && target != next);
-    for (int i = 0; i < group.lanes && any(live >> i != 0); i += rows_in_flight) {
-      typename Terms::InFlight in_flight[rows_in_flight];
+    for (int i = 0; i < group.lanes && any(live >> i != 0); i += Terms::in_flight) {
+      typename Terms::InFlight in_flight[Terms::in_flight];
 #pragma unroll
-      for (int u = 0; u < rows_in_flight; ++u) {
+      for (int u = 0; u < Terms::in_flight; ++u) {
         in_flight[u] = terms.fetch(group, own, i + u, (live >> (i + u) & 1) && inside, column);
       }
 #pragma unroll
-      for (int u = 0; u < rows_in_flight; ++u) {
+      for (int u = 0; u < Terms::in_flight; ++u) {
         if (live >> (i + u) & 1) {
           terms.add(sum, in_flight[u]);
         }
@@ -279,7 +274,7 @@ __device__ void sum_chunk(
             if (inside && in_first_run) {
               store<N>(to.pieces + 2 * chunk * to.dim + column, sum);
             } else if (inside) {
-              to.finish(ended, sum, column);
+              store<N>(to.out + ended * to.dim + column, narrowed<T>(sum));
             }
             in_first_run = false;
             sum = {};
@@ -308,7 +303,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
     Accumulate<T>* pieces) {
   const Group group(tiles.lanes);
   const EntryTerms<T, N, WHERE> terms = {gradient, entries, size, rows};
-  const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
+  const Results<T> to = {out, targets, pieces, gradient.dim};
   const int64_t chunks = (size + chunk_length - 1) / chunk_length;
   for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
@@ -318,11 +313,11 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
 
 template <class T, int N>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_sum_pieces_kernel(
-    Gradient gradient, SortedEntries entries, int64_t size, const int64_t* from_targets, const Accumulate<T>* from,
-    int64_t count, Tiles tiles, T* out, int64_t* targets, Accumulate<T>* pieces) {
+    const int64_t* from_targets, const Accumulate<T>* from, int64_t count, int64_t dim, Tiles tiles, T* out,
+    int64_t* targets, Accumulate<T>* pieces) {
   const Group group(tiles.lanes);
-  const PieceTerms<Accumulate<T>, N> terms = {from_targets, from, count, gradient.dim};
-  const Results<T> to = {out, targets, pieces, gradient.dim, entries, size, gradient};
+  const PieceTerms<Accumulate<T>, N> terms = {from_targets, from, count, dim};
+  const Results<T> to = {out, targets, pieces, dim};
   const int64_t chunks = (count + chunk_length - 1) / chunk_length;
   for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
@@ -401,6 +396,10 @@ void number_runs(
       entries, size, num_embeddings, num_runs, counts, numbered, rows);
 }
 
+void scale_runs(const SortedEntries& entries, int64_t size, double* run_scale, cudaStream_t stream) {
+  launch(stream, embedding_bag_scale_runs_kernel, size, 1, entries, size, run_scale);
+}
+
 int64_t piece_count(int64_t size) {
   int64_t total = 0;
   while (size > 0) {
@@ -444,7 +443,7 @@ void sum_runs(
       dispatch_elements<A>(tiles, [&](auto elements) {
         launch(
             stream, embedding_bag_sum_pieces_kernel<T, elements.value>, chunks_of(count) * tiles.blocks, tiles.lanes,
-            gradient, entries, size, targets, pieces, count, tiles, to, targets + count, pieces + count * gradient.dim);
+            targets, pieces, count, gradient.dim, tiles, to, targets + count, pieces + count * gradient.dim);
       });
       targets += count;
       pieces += count * gradient.dim;

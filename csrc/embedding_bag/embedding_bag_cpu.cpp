@@ -169,7 +169,7 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
   }
   const uint64_t* sorted = radix_sort(keys.get(), keys.get() + size, size, source_bits, row_bits);
   const int64_t live = std::lower_bound(sorted, sorted + size, key(rows, 0)) - sorted;
-  entries = {sorted, source_bits, bag_of.get(), bag_scale.get(), bags.offsets, nullptr};
+  entries = {sorted, source_bits, bag_of.get(), bag_scale.get(), nullptr, bags.offsets, nullptr};
 
   // Each task leaves the starts of its runs where its entries are, without a branch; then they
   // move together.

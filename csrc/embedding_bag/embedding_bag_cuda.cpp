@@ -56,11 +56,13 @@ class WeightGradient {
         keys(like, 2 * size * sizeof(uint64_t)),
         bag_of(like, layout.by_position ? size * sizeof(uint32_t) : 0),
         bag_scale(like, gradient.mean ? bags.count * sizeof(double) : 0),
+        run_scale(like, gradient.scale_grad_by_freq ? size * sizeof(double) : 0),
         stream(stream) {
     uint64_t* unsorted = keys.as<uint64_t>();
     entries.source_bits = layout.source_bits;
     entries.bag_of = layout.by_position ? bag_of.as<uint32_t>() : nullptr;
     entries.bag_scale = gradient.mean ? bag_scale.as<double>() : nullptr;
+    entries.run_scale = nullptr;
     entries.offsets = bags.offsets;
     entries.runs = nullptr;
     find_entries(
@@ -68,6 +70,10 @@ class WeightGradient {
         gradient.mean ? bag_scale.as<double>() : nullptr, stream);
     Memory memory(like, sort_bytes(layout, size));
     entries.keys = sort_entries(layout, unsorted, unsorted + size, size, memory.as<void>(), memory.bytes, stream);
+    if (gradient.scale_grad_by_freq) {
+      scale_runs(entries, size, run_scale.as<double>(), stream);
+      entries.run_scale = run_scale.as<double>();
+    }
   }
 
   Tensor dense() {
@@ -107,7 +113,7 @@ class WeightGradient {
   const Gradient gradient;
   const int64_t size, num_embeddings;
   const KeyLayout layout;
-  Memory keys, bag_of, bag_scale;
+  Memory keys, bag_of, bag_scale, run_scale;
   SortedEntries entries;
   cudaStream_t stream;
 };

@@ -68,6 +68,9 @@ void number_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t num_runs, const int64_t* counts,
     uint64_t* numbered, int64_t* rows, cudaStream_t stream);
 
+// For scale_grad_by_freq: 1 / the entries of each sorted entry's run, run_scale [N].
+void scale_runs(const SortedEntries& entries, int64_t size, double* run_scale, cudaStream_t stream);
+
 // Levels of sum_runs leave pieces of runs for the next: how many rows of D sums that are in all.
 int64_t piece_count(int64_t size);
 

@@ -28,6 +28,7 @@ struct SortedEntries {
   int source_bits;
   const uint32_t* bag_of;   // [N], where sources are positions; null where they are bags
   const double* bag_scale;  // [B], 1 / live entries; null for 1
+  const double* run_scale;  // [N], in sorted order, for scale_grad_by_freq; null for 1, and on the CPU
   Integers offsets;
   const int64_t* runs;      // where each starts, and where the last ends; null where nobody has listed them
 
