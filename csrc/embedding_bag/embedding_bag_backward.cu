@@ -4,8 +4,6 @@
 // A group of lanes sums the runs in one chunk of sorted entries. What crosses chunks is left as
 // pieces, two for each chunk, which are summed in the same way by the next launch, until one chunk
 // holds all. So the longest run is spread over the whole GPU, and no sum depends on who was first.
-#include <limits>
-
 #include "../common/cuda/group.cuh"
 #include "../common/cuda/launch.h"
 #include "../common/cuda/sort.h"
@@ -325,30 +323,9 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   }
 }
 
-int bits_for(uint64_t largest) {
-  int bits = 1;
-  while (bits < 64 && largest >> bits != 0) {
-    ++bits;
-  }
-  return bits;
-}
-
 int64_t chunks_of(int64_t size) { return (size + chunk_length - 1) / chunk_length; }
 
 }  // namespace
-
-KeyLayout key_layout(const Gradient& gradient, const Bags& bags) {
-  const bool by_position = gradient.per_sample_weights || gradient.argmax;
-  const KeyLayout layout = {
-      by_position, bits_for(by_position ? bags.indices.size : bags.count), bits_for(bags.num_embeddings)};
-  if (layout.source_bits + layout.row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
-    throw std::runtime_error(
-        "embedding_bag: expected rows x indices below 2^63 and bags below 2^32, got " +
-        std::to_string(bags.num_embeddings) + " rows, " + std::to_string(bags.indices.size) + " indices, " +
-        std::to_string(bags.count) + " bags");
-  }
-  return layout;
-}
 
 void find_entries(
     const KeyLayout& layout, const Bags& bags, uint64_t* keys, uint32_t* bag_of, double* bag_scale,

@@ -11,6 +11,7 @@
 #include "../common/simd.h"
 #include "bag_pooling.h"
 #include "gradient_pooling.h"
+#include "key_layout.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
@@ -86,14 +87,6 @@ void for_bags(const Bags& bags, int64_t elements_per_entry, const F& f) {
   }
 }
 
-int bits_for(uint64_t largest) {
-  int bits = 1;
-  while (bits < 64 && largest >> bits != 0) {
-    ++bits;
-  }
-  return bits;
-}
-
 }  // namespace
 
 void forward(
@@ -125,14 +118,9 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
     : gradient(gradient), num_embeddings(bags.num_embeddings) {
   const int64_t size = bags.indices.size;
   const uint64_t rows = bags.num_embeddings;
-  const bool by_position = gradient.per_sample_weights || gradient.argmax;
-  const int source_bits = bits_for(by_position ? size : bags.count);
-  const int row_bits = bits_for(rows);
-  if (source_bits + row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
-    throw std::runtime_error(
-        "embedding_bag: expected rows x indices below 2^63 and bags below 2^32, got " + text(bags.num_embeddings) +
-        " rows, " + text(size) + " indices, " + text(bags.count) + " bags");
-  }
+  const KeyLayout layout = key_layout(gradient, bags);
+  const bool by_position = layout.by_position;
+  const int source_bits = layout.source_bits;
   keys.reset(new uint64_t[2 * size]);
   if (by_position) {
     bag_of.reset(new uint32_t[size]);
@@ -167,7 +155,7 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
   for (int64_t i = bags.count > 0 ? bags.end(bags.count - 1) : 0; i < size; ++i) {
     keys[i] = key(rows, 0);  // after the last bag
   }
-  const uint64_t* sorted = radix_sort(keys.get(), keys.get() + size, size, source_bits, row_bits);
+  const uint64_t* sorted = radix_sort(keys.get(), keys.get() + size, size, source_bits, layout.row_bits);
   const int64_t live = std::lower_bound(sorted, sorted + size, key(rows, 0)) - sorted;
   entries = {sorted, source_bits, bag_of.get(), bag_scale.get(), nullptr, bags.offsets, nullptr};
 

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "gradient.h"
+#include "key_layout.h"
 
 namespace recsys_ops::embedding_bag::cuda {
 
@@ -27,16 +27,6 @@ void max_forward(const Table& weight, const Bags& bags, void* out, int32_t* argm
 // Gradient of the per-sample weights, [N].
 void backward_per_sample_weights(
     const Table& weight, const Bags& bags, const void* grad_output, bool mean, void* out, cudaStream_t stream);
-
-// How keys hold a row and where its gradient comes from: a position [N] or a bag.
-struct KeyLayout {
-  bool by_position;
-  int source_bits;
-  int row_bits;
-};
-
-// Throws std::runtime_error where 64 bits do not suffice.
-KeyLayout key_layout(const Gradient& gradient, const Bags& bags);
 
 // A key for every entry, keys [N]; one that is not live has the row num_embeddings. By position also
 // the bag of each, bag_of [N]; for the mean 1 / live entries of each bag, bag_scale [B].
