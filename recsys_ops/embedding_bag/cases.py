@@ -344,6 +344,11 @@ SPEC = OperatorSpec(
         EmbeddingBagCase("sum", bags=4, sparse=True, wide_ids=False),
         EmbeddingBagCase("max", bags=3, length=4, two_dim=True),
     ),
+    asynchronous=(
+        *_cases(bags=20, weighted=True, padding_idx=-1, include_last_offset=True),
+        EmbeddingBagCase("sum", bags=20, scale_grad_by_freq=True, wide_ids=False),
+        EmbeddingBagCase("sum", lengths=(5000,), ids="equal", rows=3, dim=100),
+    ),
     isolations=tuple(_isolations()),
     bad_inputs=BAD_INPUTS,
     mutants=MUTANTS,

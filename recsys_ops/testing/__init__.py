@@ -20,6 +20,7 @@ from recsys_ops.testing.inputs import AWKWARD_LENGTHS, AWKWARD_WIDTHS, Inputs, w
 from recsys_ops.testing.mutants import check_mutant
 from recsys_ops.testing.poison import Guard, poisoned_memory
 from recsys_ops.testing.registry import CHECKS, Check, Example, Result, examples
+from recsys_ops.testing.streams import check_graph, check_stream
 from recsys_ops.testing.tolerances import Comparison, compare
 from recsys_ops.testing.tracing import (
     check_autocast,
@@ -53,12 +54,14 @@ __all__ = [
     "check_forward_backward",
     "check_functional",
     "check_gradcheck",
+    "check_graph",
     "check_inputs_untouched",
     "check_isolation",
     "check_meta",
     "check_mutant",
     "check_opcheck",
     "check_partial_gradients",
+    "check_stream",
     "check_strided",
     "compare",
     "examples",

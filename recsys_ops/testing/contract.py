@@ -126,6 +126,7 @@ class OperatorSpec:
         cases: further cases, for compiled kernels.
         large: cases large enough for several threads.
         small: cases small enough for finite differences.
+        asynchronous: cases in which nobody needs to wait for a GPU.
         isolations, bad_inputs, mutants: see their classes.
         exhaustive: every combination worth hours of a machine's time.
         dtypes: of the floating-point arguments.
@@ -142,6 +143,7 @@ class OperatorSpec:
     cases: tuple[Case, ...] = ()
     large: tuple[Case, ...] = ()
     small: tuple[Case, ...] = ()
+    asynchronous: tuple[Case, ...] = ()
     isolations: tuple[Isolation, ...] = ()
     bad_inputs: tuple[BadInput, ...] = ()
     mutants: tuple[Mutant, ...] = ()

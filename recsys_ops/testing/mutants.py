@@ -9,7 +9,9 @@ from recsys_ops.testing.execution import Target, candidate, one_thread, overridd
 from recsys_ops.testing.registry import CHECKS, Result, check, demand
 
 
-@check(lambda spec, quick: spec.mutants, only_reference=True)
+@check(
+    lambda spec, quick: spec.mutants, serves=lambda target: target.backend == "reference" and target.on_cpu
+)
 def check_mutant(spec: OperatorSpec, mutant: Mutant, target: Target, dtype: torch.dtype, seed: int) -> None:
     """The suite rejects kernels that are wrong on purpose."""
     demand(rejection(spec, mutant, seed) is not None, f"{mutant.caught_by} does not reject this mutant")

@@ -61,7 +61,7 @@ class Check:
         subjects: of a spec; with True, the few that interpreted kernels can bear.
         dtypes: of the inputs, likewise.
         every_simd: whether it runs on every instruction set of native kernels, or on the best.
-        only_reference: whether it runs on the reference alone, on the CPU.
+        serves: whether it has a meaning for a target.
         apart: whether it takes a process of its own to run it on a subject by a target.
     """
 
@@ -70,7 +70,7 @@ class Check:
     subjects: Subjects
     dtypes: DTypes
     every_simd: bool
-    only_reference: bool
+    serves: Callable[[Target], bool]
     apart: Apart
 
     def __call__(
@@ -118,14 +118,14 @@ def check(
     subjects: Subjects,
     dtypes: DTypes = first_dtype,
     every_simd: bool = False,
-    only_reference: bool = False,
+    serves: Callable[[Target], bool] = lambda target: True,
     apart: Apart = lambda subject, target: False,
 ) -> Callable[[Body], Check]:
     """Register a function as a check; the arguments are those of ``Check``."""
 
     def register(body: Body) -> Check:
         name = body.__name__.removeprefix("check_")
-        CHECKS[name] = Check(name, body, subjects, dtypes, every_simd, only_reference, apart)
+        CHECKS[name] = Check(name, body, subjects, dtypes, every_simd, serves, apart)
         return CHECKS[name]
 
     return register
@@ -172,7 +172,7 @@ def examples(spec: OperatorSpec, targets: Sequence[Target], quick: bool = False)
 def _serving(check: Check, targets: Sequence[Target]) -> Iterator[Target]:
     served = set()
     for target in targets:
-        if check.only_reference and (target.backend != "reference" or not target.on_cpu):
+        if not check.serves(target):
             continue
         if (target.backend, target.device) not in served or check.every_simd:
             yield target
