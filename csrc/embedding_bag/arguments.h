@@ -12,7 +12,8 @@ namespace recsys_ops::embedding_bag {
 
 inline constexpr const char* op = "embedding_bag";
 
-inline Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
+inline Tensor empty_like(
+    const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
   return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
 

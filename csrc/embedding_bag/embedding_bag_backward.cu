@@ -20,6 +20,8 @@ constexpr int loads_in_flight = 8;
 constexpr int chunk_length = 32;
 static_assert(loads_in_flight <= fewest_lanes && chunk_length % warp_lanes == 0);
 
+RECSYS_OPS_INLINE int64_t chunks_of(int64_t size) { return (size + chunk_length - 1) / chunk_length; }
+
 // Bags, and as a last task the entries after the last bag.
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_entries_kernel(
     Bags bags, KeyLayout layout, uint64_t* keys, uint32_t* bag_of, double* bag_scale) {
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
 }
 
 // The terms of sums, first those that entries stand for, then pieces of runs. A target is the row
-// of the result that a term belongs to, or -1.
+// of the result that a term belongs to, or -1. With WHERE, a term counts where it is its bag's maximum.
 template <class T, int N, bool WHERE>
 struct EntryTerms {
   using A = Accumulate<T>;
@@ -178,12 +180,15 @@ struct EntryTerms {
 
   __device__ void add(Pack<A, N>& sum, const InFlight& term) const {
     const Pack<T, N> values = term.values.unpacked();
-    [[maybe_unused]] const auto winner = term.winner.unpacked();
+    if constexpr (WHERE) {
+      const Pack<int32_t, N> winner = term.winner.unpacked();
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if constexpr (WHERE) {
+      for (int k = 0; k < N; ++k) {
         sum[k] += winner[k] == term.position ? widen(values[k]) : A{0};
-      } else {
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
         sum[k] += widen(values[k]) * term.weight;
       }
     }
@@ -302,8 +307,8 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   const Group group(tiles.lanes);
   const EntryTerms<T, N, WHERE> terms = {gradient, entries, size, rows};
   const Results<T> to = {out, targets, pieces, gradient.dim};
-  const int64_t chunks = (size + chunk_length - 1) / chunk_length;
-  for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
+  const int64_t tasks = chunks_of(size) * tiles.blocks;
+  for (int64_t task = group.first_task(); any(task < tasks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
   }
@@ -316,14 +321,12 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
   const Group group(tiles.lanes);
   const PieceTerms<Accumulate<T>, N> terms = {from_targets, from, count, dim};
   const Results<T> to = {out, targets, pieces, dim};
-  const int64_t chunks = (count + chunk_length - 1) / chunk_length;
-  for (int64_t task = group.first_task(); any(task < chunks * tiles.blocks); task += group.stride()) {
+  const int64_t tasks = chunks_of(count) * tiles.blocks;
+  for (int64_t task = group.first_task(); any(task < tasks); task += group.stride()) {
     const Place place = place_of(task, tiles, N, group.lane);
     sum_chunk<T, N>(terms, to, group, place.row, place.column, place.column == 0);
   }
 }
-
-int64_t chunks_of(int64_t size) { return (size + chunk_length - 1) / chunk_length; }
 
 }  // namespace
 
@@ -345,14 +348,12 @@ uint64_t* sort_entries(
       keys, scratch, size, layout.source_bits, layout.source_bits + layout.row_bits, memory, bytes, stream);
 }
 
-int64_t count_bytes(int64_t size) {
-  return running_sum_bytes((size + numbered_together - 1) / numbered_together);
-}
+int64_t count_bytes(int64_t size) { return running_sum_bytes(count_size(size)); }
 
 int64_t count_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t* counts, void* memory, int64_t bytes,
     cudaStream_t stream) {
-  const int64_t parts = (size + numbered_together - 1) / numbered_together;
+  const int64_t parts = count_size(size);
   if (parts == 0) {
     return 0;
   }
@@ -369,8 +370,8 @@ void number_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t num_runs, const int64_t* counts,
     uint64_t* numbered, int64_t* rows, cudaStream_t stream) {
   launch(
-      stream, embedding_bag_number_runs_kernel, (size + numbered_together - 1) / numbered_together, numbered_together,
-      entries, size, num_embeddings, num_runs, counts, numbered, rows);
+      stream, embedding_bag_number_runs_kernel, count_size(size), numbered_together, entries, size, num_embeddings,
+      num_runs, counts, numbered, rows);
 }
 
 void scale_runs(const SortedEntries& entries, int64_t size, double* run_scale, cudaStream_t stream) {

@@ -84,7 +84,7 @@ class WeightGradient {
   }
 
   std::tuple<Tensor, Tensor> sparse() {
-    Memory counts(like, (size + numbered_together - 1) / numbered_together * sizeof(int64_t));
+    Memory counts(like, count_size(size) * sizeof(int64_t));
     Memory memory(like, count_bytes(size));
     const int64_t touched = count_runs(
         entries, size, num_embeddings, counts.as<int64_t>(), memory.as<void>(), memory.bytes, stream);

@@ -31,7 +31,8 @@ void backward_per_sample_weights(
 // A key for every entry, keys [N]; one that is not live has the row num_embeddings. By position also
 // the bag of each, bag_of [N]; for the mean 1 / live entries of each bag, bag_scale [B].
 void find_entries(
-    const KeyLayout& layout, const Bags& bags, uint64_t* keys, uint32_t* bag_of, double* bag_scale, cudaStream_t stream);
+    const KeyLayout& layout, const Bags& bags, uint64_t* keys, uint32_t* bag_of, double* bag_scale,
+    cudaStream_t stream);
 
 // Bytes of memory that sort_entries needs beside the keys.
 int64_t sort_bytes(const KeyLayout& layout, int64_t size);
@@ -41,13 +42,14 @@ uint64_t* sort_entries(
     const KeyLayout& layout, uint64_t* keys, uint64_t* scratch, int64_t size, void* memory, int64_t bytes,
     cudaStream_t stream);
 
-// Entries whose runs are numbered together.
+// Entries whose runs are numbered together, and how many such parts there are.
 constexpr int numbered_together = 32;
+inline int64_t count_size(int64_t size) { return (size + numbered_together - 1) / numbered_together; }
 
 // Bytes of memory that count_runs needs beside the counts.
 int64_t count_bytes(int64_t size);
 
-// The number of runs up to and including each part of the entries, counts [ceil(N / numbered_together)];
+// The number of runs up to and including each part of the entries, counts [count_size(N)];
 // returns that of all. Waits for the GPU.
 int64_t count_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t* counts, void* memory, int64_t bytes,

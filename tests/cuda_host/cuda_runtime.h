@@ -247,7 +247,8 @@ cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   // As on a GPU, every thread has the arguments as they were at the launch.
   cuda_host::last_error = cuda_host::run(
-      config->gridDim, config->blockDim, config->dynamicSmemBytes, [=] { kernel(static_cast<Parameters>(arguments)...); });
+      config->gridDim, config->blockDim, config->dynamicSmemBytes,
+      [=] { kernel(static_cast<Parameters>(arguments)...); });
   return cuda_host::last_error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

@@ -289,9 +289,9 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
     if (failure.empty() && fiber.state != State::ended) {
       std::string others;
       for (const Fiber& other : block.fibers) {
-        const bool concerned = fiber.state == State::at_barrier || (other.number / warp_lanes == fiber.number / warp_lanes &&
-                                                                    fiber.mask >> other.lane() & 1);
-        if (others.empty() && concerned &&
+        const bool in_mask =
+            other.number / warp_lanes == fiber.number / warp_lanes && fiber.mask >> other.lane() & 1;
+        if (others.empty() && (fiber.state == State::at_barrier || in_mask) &&
             (other.state != fiber.state || other.site.line != fiber.site.line || other.mask != fiber.mask)) {
           others = ", " + words(other);
         }

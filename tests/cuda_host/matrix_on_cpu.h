@@ -21,7 +21,8 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2])
   constexpr unsigned whole_warp = 0xffffffffu;
   const Site site = {"mma.sync", __FILE__, __LINE__};
   const auto both = [](unsigned low, unsigned high) { return static_cast<uint64_t>(high) << 32 | low; };
-  const Exchange left = exchange(site, whole_warp, both(a[0], a[1])), right = exchange(site, whole_warp, both(a[2], a[3]));
+  const Exchange left = exchange(site, whole_warp, both(a[0], a[1]));
+  const Exchange right = exchange(site, whole_warp, both(a[2], a[3]));
   const Exchange of_b = exchange(site, whole_warp, both(b[0], b[1]));
   if (left.present != whole_warp) {
     fail("mma.sync by a warp that is not whole");

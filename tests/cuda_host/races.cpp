@@ -129,7 +129,8 @@ class Watcher : public Observer {
   }
 
   bool is_shared(uintptr_t at) const {
-    return std::any_of(shared.begin(), shared.end(), [&](auto range) { return range.first <= at && at < range.second; });
+    const auto holds = [&](const auto& range) { return range.first <= at && at < range.second; };
+    return std::any_of(shared.begin(), shared.end(), holds);
   }
 
   [[noreturn]] void end(const char* does, const char* was, const Access& other, uintptr_t at, const void* caller) {

@@ -45,23 +45,28 @@ constexpr int widest_word = 16;
 // condition: behind a branch, it would be waited for at once.
 #if defined(__CUDACC__)
 __device__ inline void load_word(uint4& word, const uint4* from, bool wanted) {
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0; "
       "@p ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
       : "=&r"(word.x), "=&r"(word.y), "=&r"(word.z), "=&r"(word.w)
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 __device__ inline void load_word(uint2& word, const uint2* from, bool wanted) {
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; "
+      "@p ld.global.nc.v2.b32 {%0, %1}, [%2]; }"
       : "=&r"(word.x), "=&r"(word.y)
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 __device__ inline void load_word(unsigned int& word, const unsigned int* from, bool wanted) {
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b32 %0, 0; @p ld.global.nc.b32 %0, [%1]; }"
       : "=&r"(word)
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 __device__ inline void load_word(unsigned short& word, const unsigned short* from, bool wanted) {
-  asm volatile("{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1]; }"
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1]; }"
       : "=&h"(word)
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
