@@ -180,7 +180,7 @@ def _fake_forward(
     include_last_offset: bool,
     drop_invalid: bool,
 ) -> Tensor:
-    return weight.new_empty(offsets.shape[0] - include_last_offset, weight.shape[1])
+    return weight.new_empty(offsets.shape[0] - int(include_last_offset), weight.shape[1])
 
 
 def _fake_max_forward(
@@ -191,7 +191,7 @@ def _fake_max_forward(
     include_last_offset: bool,
     drop_invalid: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = weight.new_empty(offsets.shape[0] - include_last_offset, weight.shape[1])
+    output = weight.new_empty(offsets.shape[0] - int(include_last_offset), weight.shape[1])
     return output, torch.empty_like(output, dtype=torch.int32)
 
 
