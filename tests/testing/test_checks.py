@@ -124,8 +124,10 @@ def columns_first(x: Tensor, factor: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], x.shape[0]).t()
 
 
-@pytest.mark.parametrize("check", ["opcheck", "meta"])
-@pytest.mark.parametrize("fake", [one_row_more, columns_first])
+# Opcheck does not see strides before PyTorch 2.13.
+@pytest.mark.parametrize(
+    ("check", "fake"), [("opcheck", one_row_more), ("meta", one_row_more), ("meta", columns_first)]
+)
 def test_wrong_fake_fails(check: str, fake: Any) -> None:
     assert first_failure(check, toy.spec(fake=fake)) is not None
 
