@@ -168,11 +168,11 @@ struct EntryTerms {
   __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
     InFlight term;
     const int64_t cell = group.broadcast(own.bag, from) * gradient.dim + column;
-    term.values = load<N>(static_cast<const T*>(gradient.output) + cell, wanted);
+    term.values = load<N>(static_cast<const T*>(gradient.output), cell, wanted);
     const bool weighted = gradient.per_sample_weights || entries.bag_scale || entries.run_scale;
     term.weight = weighted ? group.broadcast(own.weight, from) : A{1};
     if constexpr (WHERE) {
-      term.winner = load<N>(gradient.argmax + cell, wanted);
+      term.winner = load<N>(gradient.argmax, cell, wanted);
       term.position = group.broadcast(own.position, from);
     }
     return term;
@@ -215,7 +215,7 @@ struct PieceTerms {
   __device__ Own look(int64_t entry) const { return {entry}; }
 
   __device__ InFlight fetch(const Group& group, const Own& own, int from, bool wanted, int64_t column) const {
-    return {load<N>(sums + group.broadcast(own.entry, from) * dim + column, wanted)};
+    return {load<N>(sums, group.broadcast(own.entry, from) * dim + column, wanted)};
   }
 
   __device__ void add(Pack<A, N>& sum, const InFlight& term) const {

@@ -25,8 +25,9 @@ struct RowsInFlight {
     for (int u = 0; u < rows_in_flight; ++u) {
       row[u] = group.broadcast(lane_row, first + u);
       const int64_t column = N == 1 ? place.column * table.column_stride : place.column;
-      const T* from = static_cast<const T*>(table.data) + row[u] * table.row_stride + column;
-      values[u] = load<N>(from, row[u] >= 0 && place.column < table.dim);
+      values[u] = load<N>(
+          static_cast<const T*>(table.data), row[u] * table.row_stride + column,
+          row[u] >= 0 && place.column < table.dim);
     }
   }
 };
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
         for (int64_t block = 0; block < tiles.blocks; ++block) {
           const Place place = place_of(bag * tiles.blocks + block, tiles, N, group.lane);
           const bool inside = bag < bags.count && place.column < table.dim;
-          const Pack<T, N> gradient = load<N>(grad_output + bag * table.dim + place.column, inside).unpacked();
+          const Pack<T, N> gradient = load<N>(grad_output, bag * table.dim + place.column, inside).unpacked();
           RowsInFlight<N, T> rows;
           rows.load_from(table, place, group, row, i);
 #pragma unroll

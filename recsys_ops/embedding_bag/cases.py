@@ -142,6 +142,7 @@ QUICK = (
     EmbeddingBagCase("sum", lengths=(0, 65, 33), dim=3),
     EmbeddingBagCase("max", lengths=(34, 0), dim=4),
     EmbeddingBagCase("sum", bags=0, include_last_offset=True),
+    EmbeddingBagCase("sum", rows=0, invalid=True, lengths=(1, 3), ids="equal"),
 )
 
 CASES = tuple(

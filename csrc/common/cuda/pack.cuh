@@ -94,14 +94,16 @@ struct Raw {
   }
 };
 
-// Aligned to all N elements, or to 16 bytes.
+// From base + offset, which is aligned to all N elements or to 16 bytes, and may lie anywhere where it
+// is not wanted: so the address is reckoned as a number.
 template <int N, class T>
-__device__ Raw<T, N> load(const T* from, bool wanted) {
+__device__ Raw<T, N> load(const T* base, int64_t offset, bool wanted) {
   using Word = typename Raw<T, N>::Word;
+  const auto from = reinterpret_cast<uintptr_t>(base) + static_cast<uint64_t>(offset) * sizeof(T);
   Raw<T, N> raw;
 #pragma unroll
   for (int w = 0; w < raw.count; ++w) {
-    load_word(raw.words[w], reinterpret_cast<const Word*>(from) + w, wanted);
+    load_word(raw.words[w], reinterpret_cast<const Word*>(from + w * sizeof(Word)), wanted);
   }
   return raw;
 }
