@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -65,12 +66,17 @@ def find_nvcc() -> Nvcc | None:
     places = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
     if named := os.environ.get("CUDACXX"):
         places = [named]
-    for path in filter(None, map(shutil.which, places)):
-        version = re.search(r"release (\d+)\.(\d+)", _output(path, "--version"))
-        if version is not None:
-            known = _output(path, "--list-gpu-code") + _output(path, "--list-gpu-arch")
-            return Nvcc(path, (int(version[1]), int(version[2])), frozenset(known.split()))
-    return None
+    return next(filter(None, map(_described, filter(None, map(shutil.which, places)))), None)
+
+
+@functools.cache
+def _described(path: str) -> Nvcc | None:
+    """What a compiler says of itself; None where it is no nvcc."""
+    version = re.search(r"release (\d+)\.(\d+)", _output(path, "--version"))
+    if version is None:
+        return None
+    known = _output(path, "--list-gpu-code") + _output(path, "--list-gpu-arch")
+    return Nvcc(path, (int(version[1]), int(version[2])), frozenset(known.split()))
 
 
 def missing() -> str | None:

@@ -8,43 +8,18 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from command_line import Run
 
 from recsys_ops import __version__, backends, cli, doctor
 
 COMMANDS = ("doctor", "ops", "explain", "verify", "bench", "inspect", "accelerate", "demo")
 ROOT = Path(__file__).parents[1]
-
-
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs ``recsys-ops`` with arguments, in this process."""
-    monkeypatch.delenv("RECSYS_OPS_BACKEND", raising=False)
-    monkeypatch.delenv("RECSYS_OPS_SIMD", raising=False)
-    monkeypatch.setattr(backends, "_from_environment", None)
-
-    def invoke(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["recsys-ops", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(ended.value.code or 0, *capsys.readouterr())
-
-    return invoke
 
 
 def test_help_lists_every_command(run: Run) -> None:

@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
     if (entry >= size) {
       continue;
     }
-    const unsigned up_to_here = 0xffffffffu >> (warp_lanes - 1 - group.lane);
+    const unsigned up_to_here = whole_warp >> (warp_lanes - 1 - group.lane);
     const int64_t run = (part > 0 ? counts[part - 1] : 0) + __popc(starts & up_to_here) - 1;
     const int64_t row = entries.row(entry);
     const int64_t number = row < num_embeddings ? run : num_runs;

@@ -59,17 +59,13 @@ class WeightGradient {
         run_scale(like, gradient.scale_grad_by_freq ? size * sizeof(double) : 0),
         stream(stream) {
     uint64_t* unsorted = keys.as<uint64_t>();
-    entries.source_bits = layout.source_bits;
-    entries.bag_of = layout.by_position ? bag_of.as<uint32_t>() : nullptr;
-    entries.bag_scale = gradient.mean ? bag_scale.as<double>() : nullptr;
-    entries.run_scale = nullptr;
-    entries.offsets = bags.offsets;
-    entries.runs = nullptr;
-    find_entries(
-        layout, bags, unsorted, layout.by_position ? bag_of.as<uint32_t>() : nullptr,
-        gradient.mean ? bag_scale.as<double>() : nullptr, stream);
+    uint32_t* bags_of_entries = layout.by_position ? bag_of.as<uint32_t>() : nullptr;
+    double* scales_of_bags = gradient.mean ? bag_scale.as<double>() : nullptr;
+    find_entries(layout, bags, unsorted, bags_of_entries, scales_of_bags, stream);
     Memory memory(like, sort_bytes(layout, size));
-    entries.keys = sort_entries(layout, unsorted, unsorted + size, size, memory.as<void>(), memory.bytes, stream);
+    const uint64_t* sorted =
+        sort_entries(layout, unsorted, unsorted + size, size, memory.as<void>(), memory.bytes, stream);
+    entries = {sorted, layout.source_bits, bags_of_entries, scales_of_bags, nullptr, bags.offsets, nullptr};
     if (gradient.scale_grad_by_freq) {
       scale_runs(entries, size, run_scale.as<double>(), stream);
       entries.run_scale = run_scale.as<double>();

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command_line import Run
 
-from recsys_ops import _nvcc, cli
+from recsys_ops import _nvcc
 from recsys_ops.inspection import TARGETS, command, cuda_compiler, expectations, triton_compiler
 from recsys_ops.inspection.binaries import CompiledKernel
 from recsys_ops.inspection.expectations import Key
 
 
-class Ended(NamedTuple):
-    code: object
-    out: str
-    err: str
-
-
-Run = Callable[..., Ended]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(run: Run) -> Run:
     """Runs ``recsys-ops inspect`` with arguments, in this process."""
-
-    def invoke(*arguments: str | Path) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["recsys-ops", "inspect", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return Ended(ended.value.code or 0, *capsys.readouterr())
-
-    return invoke
+    return functools.partial(run, "inspect")
 
 
 @pytest.fixture
