@@ -27,6 +27,26 @@ STABLE_TORCH_LIBRARY(recsys_ops, m) {
   m.def(
       "embedding_bag_backward_per_sample_weights(Tensor grad_output, Tensor weight, Tensor indices, "
       "Tensor offsets, bool mean, SymInt padding_idx, bool include_last_offset, bool drop_invalid) -> Tensor");
+  m.def(
+      "embedding_bag_collection_forward(Tensor(a0!) output, Tensor(a1!)? argmax, Tensor[] weights, Tensor values, "
+      "Tensor offsets, Tensor? per_sample_weights, Tensor lookups, bool drop_invalid) -> ()");
+  m.def(
+      "embedding_bag_collection_quantized_forward(Tensor(a0!) output, Tensor[] codes, Tensor[] scales, SymInt bits, "
+      "Tensor values, Tensor offsets, Tensor? per_sample_weights, Tensor lookups, bool drop_invalid) -> ()");
+  m.def(
+      "embedding_bag_collection_backward(Tensor grad_output, Tensor? argmax, Tensor[] weights, Tensor values, "
+      "Tensor offsets, Tensor? per_sample_weights, Tensor lookups, bool drop_invalid) -> Tensor[]");
+  m.def(
+      "embedding_bag_collection_backward_sparse(Tensor grad_output, Tensor? argmax, Tensor[] weights, Tensor values, "
+      "Tensor offsets, Tensor? per_sample_weights, Tensor lookups, bool drop_invalid) -> Tensor[]");
+  m.def(
+      "embedding_bag_collection_backward_per_sample_weights(Tensor grad_output, Tensor[] weights, Tensor values, "
+      "Tensor offsets, Tensor lookups, bool drop_invalid) -> Tensor");
+  m.def(
+      "embedding_bag_collection_update(Tensor(a0!)[] weights, Tensor(a1!)[] states, Tensor(a2!) step, "
+      "Tensor grad_output, Tensor? argmax, Tensor values, Tensor offsets, Tensor? per_sample_weights, "
+      "Tensor lookups, bool drop_invalid, SymInt optimizer, Tensor hyperparameters, SymInt seed, "
+      "bool stochastic_rounding) -> ()");
 }
 
 namespace {

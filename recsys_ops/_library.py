@@ -22,12 +22,13 @@ def register_kernels(
     implementation: Implementation,
     contract: Iterable[Callable[..., Any]],
     fakes: dict[str, Callable[..., Any]],
+    mutates: dict[str, tuple[str, ...]] | None = None,
 ) -> SimpleNamespace | None:
     """The registered kernels of one backend, under the names of ``contract``; None where they are absent.
 
     Compiled backends share theirs, defined in ``csrc/registration.cpp`` as ``<name>``. For a backend
     in Python, ``<name>_<backend>`` is defined here, with the schema that the annotations of
-    the contract's function imply.
+    the contract's function imply; ``mutates`` names the arguments that a kernel writes to.
     """
     compiled = implementation.backend in COMPILED
     if compiled and _extension.missing():
@@ -36,7 +37,8 @@ def register_kernels(
     for function in contract:
         name = function.__name__ if compiled else f"{function.__name__}_{implementation.backend}"
         if not compiled:
-            LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+            changed = (mutates or {}).get(function.__name__, ())
+            LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=changed))
             LIBRARY.impl(name, _loading(implementation, function.__name__), "CompositeExplicitAutograd")
         kernel = getattr(_ops, name).default
         if implementation.backend != "cuda":

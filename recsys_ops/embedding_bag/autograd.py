@@ -119,8 +119,8 @@ def _gradients(
             *bags,
             scale_grad_by_freq,
         )
-        grad_weight = _coalesced(rows, values, ctx.num_embeddings)
-        _keep_coalesced(ctx.next_functions[0][0], grad_weight)
+        grad_weight = coalesced(rows, values, ctx.num_embeddings)
+        keep_coalesced(ctx.next_functions[0][0], grad_weight)
     elif needs_weight:
         grad_weight = kernels.embedding_bag_backward(
             grad_output,
@@ -140,12 +140,12 @@ def _gradients(
     return grad_weight, grad_per_sample_weights
 
 
-def _coalesced(rows: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
+def coalesced(rows: Tensor, values: Tensor, num_embeddings: int) -> Tensor:
     shape = (num_embeddings, values.shape[1])
     return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
 
 
-def _keep_coalesced(receiver: Any, gradient: Tensor) -> None:
+def keep_coalesced(receiver: Any, gradient: Tensor) -> None:
     """Lets a leaf's ``grad`` be coalesced as the ``gradient`` that the leaf is about to receive.
 
     AccumulateGrad takes over the memory of a gradient that nobody else holds, and forgets that it

@@ -34,13 +34,7 @@ def embedding_bag_forward(
 ) -> Tensor:
     """Sum or mean of each bag, [B, D]."""
     live = _live_entries(indices, offsets, weight.shape[0], padding_idx, include_last_offset, drop_invalid)
-    rows = weight[live.rows].to(_accumulate_type(weight.dtype))  # [M, D]
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights[live.positions, None]
-    output = rows.new_zeros(live.num_bags, weight.shape[1]).index_add_(0, live.bags, rows)
-    if mean:
-        output /= live.bag_sizes(rows.dtype)[:, None]
-    return output.to(weight.dtype)
+    return pool(weight, live, per_sample_weights, mean).to(weight.dtype)
 
 
 def embedding_bag_max_forward(
@@ -57,24 +51,7 @@ def embedding_bag_max_forward(
     NaN wins only as the first entry, as in ``torch.nn.functional.embedding_bag``.
     """
     live = _live_entries(indices, offsets, weight.shape[0], padding_idx, include_last_offset, drop_invalid)
-    rows = weight[live.rows]  # [M, D]
-    first = torch.ones_like(live.bags, dtype=torch.bool)
-    first[1:] = live.bags[1:] != live.bags[:-1]
-    ranks = torch.where(rows.isnan(), torch.where(first, torch.inf, -torch.inf)[:, None], rows)
-    bag_of = live.bags[:, None].expand_as(rows)  # [M, D]
-    shape = (live.num_bags, weight.shape[1])
-    highest = ranks.new_full(shape, -torch.inf).scatter_reduce_(0, bag_of, ranks, "amax")
-    entries = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
-    candidates = torch.where(ranks == highest[live.bags], entries, len(rows))
-    winner = entries.new_full(shape, len(rows)).scatter_reduce_(0, bag_of, candidates, "amin")  # [B, D]
-
-    occupied = winner < len(rows)
-    winner = winner.clamp(max=max(len(rows) - 1, 0))
-    if len(rows) == 0:
-        return rows.new_zeros(shape), torch.full(shape, -1, dtype=torch.int32, device=rows.device)
-    output = torch.where(occupied, rows.gather(0, winner), 0)
-    in_bag = live.positions[winner] - offsets[: live.num_bags, None]
-    return output, torch.where(occupied, in_bag, -1).to(torch.int32)
+    return pool_maximum(weight, live, offsets)
 
 
 def embedding_bag_backward(
@@ -92,7 +69,7 @@ def embedding_bag_backward(
 ) -> Tensor:
     """Gradient of the weight, [R, D] dense; with ``argmax`` that of the maximum."""
     live = _live_entries(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid)
-    rows = _row_gradients(grad_output, live, per_sample_weights, mean, scale_grad_by_freq)
+    rows = row_gradients(grad_output, live, per_sample_weights, mean, scale_grad_by_freq)
     if argmax is not None:
         in_bag = live.positions - offsets[live.bags]
         rows = rows * (argmax[live.bags] == in_bag[:, None])
@@ -114,7 +91,7 @@ def embedding_bag_backward_sparse(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of the weight as its U touched rows in ascending order: int64 [U] and [U, D]."""
     live = _live_entries(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid)
-    rows = _row_gradients(grad_output, live, per_sample_weights, mean, scale_grad_by_freq)
+    rows = row_gradients(grad_output, live, per_sample_weights, mean, scale_grad_by_freq)
     touched, slot = torch.unique(live.rows, return_inverse=True)
     values = rows.new_zeros(len(touched), grad_output.shape[1]).index_add_(0, slot, rows)
     return touched, values.to(grad_output.dtype)
@@ -132,10 +109,7 @@ def embedding_bag_backward_per_sample_weights(
 ) -> Tensor:
     """Gradient of the per-sample weights, [N]; 0 where an entry is not live."""
     live = _live_entries(indices, offsets, weight.shape[0], padding_idx, include_last_offset, drop_invalid)
-    accumulate = _accumulate_type(weight.dtype)
-    dots = (grad_output[live.bags].to(accumulate) * weight[live.rows].to(accumulate)).sum(1)  # [M]
-    if mean:
-        dots = dots / live.bag_sizes(accumulate)[live.bags]
+    dots = dot_products(grad_output, weight, live, mean)
     grad = dots.new_zeros(len(indices))
     grad[live.positions] = dots
     return grad.to(weight.dtype)
@@ -182,7 +156,7 @@ def _check_offsets(indices: Tensor, offsets: Tensor) -> None:
         )
 
 
-class _Live(NamedTuple):
+class LiveEntries(NamedTuple):
     """The M entries that contribute, in order of position."""
 
     positions: Tensor  # [M] where in indices
@@ -202,26 +176,71 @@ def _live_entries(
     padding_idx: int,
     include_last_offset: bool,
     drop_invalid: bool,
-) -> _Live:
+) -> LiveEntries:
     check_values(indices, offsets, num_embeddings, include_last_offset, drop_invalid)
+    return find_live_entries(indices, offsets, num_embeddings, padding_idx, include_last_offset)
+
+
+def find_live_entries(
+    indices: Tensor, offsets: Tensor, num_embeddings: int, padding_idx: int, include_last_offset: bool
+) -> LiveEntries:
+    """The entries that contribute, of offsets that are known to be good."""
     num_bags = len(offsets) - include_last_offset
     positions = torch.arange(len(indices), device=indices.device)
     bags = torch.searchsorted(offsets.long(), positions, right=True) - 1
     valid = (indices >= 0) & (indices < num_embeddings)
     live = valid & (indices != padding_idx) & (bags >= 0) & (bags < num_bags)
     positions = live.nonzero().squeeze(1)
-    return _Live(positions, indices[positions].long(), bags[positions], num_bags)
+    return LiveEntries(positions, indices[positions].long(), bags[positions], num_bags)
 
 
-def _row_gradients(
+def pool(weight: Tensor, live: LiveEntries, per_sample_weights: Tensor | None, mean: bool) -> Tensor:
+    """Sum or mean of each bag in the type that sums are formed in, [B, D]."""
+    rows = weight[live.rows].to(accumulate_type(weight.dtype))  # [M, D]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[live.positions, None]
+    output = rows.new_zeros(live.num_bags, weight.shape[1]).index_add_(0, live.bags, rows)
+    return output / live.bag_sizes(rows.dtype)[:, None] if mean else output
+
+
+def pool_maximum(weight: Tensor, live: LiveEntries, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum of each bag, and the position within the bag of its first occurrence: both [B, D]."""
+    rows = weight[live.rows]  # [M, D]
+    first = torch.ones_like(live.bags, dtype=torch.bool)
+    first[1:] = live.bags[1:] != live.bags[:-1]
+    ranks = torch.where(rows.isnan(), torch.where(first, torch.inf, -torch.inf)[:, None], rows)
+    bag_of = live.bags[:, None].expand_as(rows)  # [M, D]
+    shape = (live.num_bags, weight.shape[1])
+    highest = ranks.new_full(shape, -torch.inf).scatter_reduce_(0, bag_of, ranks, "amax")
+    entries = torch.arange(len(rows), device=rows.device)[:, None].expand_as(rows)
+    candidates = torch.where(ranks == highest[live.bags], entries, len(rows))
+    winner = entries.new_full(shape, len(rows)).scatter_reduce_(0, bag_of, candidates, "amin")  # [B, D]
+
+    occupied = winner < len(rows)
+    winner = winner.clamp(max=max(len(rows) - 1, 0))
+    if len(rows) == 0:
+        return rows.new_zeros(shape), torch.full(shape, -1, dtype=torch.int32, device=rows.device)
+    output = torch.where(occupied, rows.gather(0, winner), 0)
+    in_bag = live.positions[winner] - offsets[: live.num_bags, None]
+    return output, torch.where(occupied, in_bag, -1).to(torch.int32)
+
+
+def dot_products(grad_output: Tensor, weight: Tensor, live: LiveEntries, mean: bool) -> Tensor:
+    """The gradient of each live entry's weight, in the type that sums are formed in: [M]."""
+    accumulate = accumulate_type(weight.dtype)
+    dots = (grad_output[live.bags].to(accumulate) * weight[live.rows].to(accumulate)).sum(1)
+    return dots / live.bag_sizes(accumulate)[live.bags] if mean else dots
+
+
+def row_gradients(
     grad_output: Tensor,
-    live: _Live,
+    live: LiveEntries,
     per_sample_weights: Tensor | None,
     mean: bool,
     scale_grad_by_freq: bool,
 ) -> Tensor:
     """What each live entry adds to the gradient of its row: [M, D]."""
-    rows = grad_output[live.bags].to(_accumulate_type(grad_output.dtype))
+    rows = grad_output[live.bags].to(accumulate_type(grad_output.dtype))
     if per_sample_weights is not None:
         rows = rows * per_sample_weights[live.positions, None]
     if mean:
@@ -232,5 +251,5 @@ def _row_gradients(
     return rows
 
 
-def _accumulate_type(dtype: torch.dtype) -> torch.dtype:
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

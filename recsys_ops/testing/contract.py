@@ -123,6 +123,7 @@ class OperatorSpec:
         case: its class of cases.
         quick: the fewest cases that reach every branch; all that interpreted kernels run.
         typical: a handful that call every kernel, for checks that run a case many times.
+        mutating: cases that call the kernels which write to their arguments and give no gradients.
         cases: further cases, for compiled kernels.
         large: cases large enough for several threads.
         small: cases small enough for finite differences.
@@ -140,6 +141,7 @@ class OperatorSpec:
     case: type[Case]
     quick: tuple[Case, ...]
     typical: tuple[Case, ...]
+    mutating: tuple[Case, ...] = ()
     cases: tuple[Case, ...] = ()
     large: tuple[Case, ...] = ()
     small: tuple[Case, ...] = ()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from recsys_ops.testing.contract import Case, OperatorSpec
 from recsys_ops.testing.execution import Problem, Target, as_tuple, candidate, evaluate, overridden, pose
@@ -19,7 +20,7 @@ def _typical(spec: OperatorSpec, quick: bool) -> tuple[Case, ...]:
     return spec.typical
 
 
-@check(_typical)
+@check(lambda spec, quick: spec.typical + spec.mutating)
 def check_opcheck(spec: OperatorSpec, case: Case, target: Target, dtype: torch.dtype, seed: int) -> None:
     """``torch.library.opcheck`` on the differentiable operator and on each kernel that the case calls."""
     problem = pose(spec, case, dtype, target.device, seed)
@@ -27,6 +28,8 @@ def check_opcheck(spec: OperatorSpec, case: Case, target: Target, dtype: torch.d
     demand(bool(calls), "the case calls no kernel")
     for kernel, args in calls.items():
         torch.library.opcheck(getattr(spec.kernels[target.backend], kernel), args)
+    if not problem.differentiable:
+        return
     leaves = {name: problem.arguments[name].clone().requires_grad_() for name in problem.differentiable}
     torch.library.opcheck(*spec.registered_call({**problem.arguments, **leaves}, target.backend))
 
@@ -115,7 +118,7 @@ def _kernel_calls(spec: OperatorSpec, problem: Problem) -> dict[str, tuple[Any, 
 
     def recording(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def record(*args: Any) -> Any:
-            calls[name] = tuple(arg.detach().clone() if isinstance(arg, Tensor) else arg for arg in args)
+            calls[name] = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), args)
             return kernel(*args)
 
         return record
