@@ -8,8 +8,10 @@ __all__ = [
     "__version__",
     "accelerate",
     "embedding_bag",
+    "embedding_bag_collection",
     "explain",
     "nn",
+    "optim",
     "restore",
     "testing",
     "use_backend",
@@ -30,7 +32,8 @@ except (ImportError, OSError) as _error:
         raise AttributeError(f"module 'recsys_ops' has no attribute {name!r}")
 
 else:
-    from recsys_ops import nn, testing
+    from recsys_ops import nn, optim, testing
     from recsys_ops.accelerate import accelerate, restore
     from recsys_ops.backends import explain, use_backend
     from recsys_ops.embedding_bag.api import embedding_bag
+    from recsys_ops.embedding_bag_collection.api import embedding_bag_collection

@@ -84,13 +84,9 @@ def embedding_bag_collection(
     check_tables(weights)
     check_options(layout, bounds, sparse, per_sample_weights is not None)
     check_input(values, offsets, weights[0] if weights else values)
-    dtype = output_dtype or default_output_dtype([w.dtype for w in weights])
-    if dtype not in FLOATS or (dtype == torch.float64) != any(w.dtype == torch.float64 for w in weights):
-        raise TypeError(
-            f"{OP}: expected output_dtype {_names(FLOATS[:3])}, or float64 with float64 tables, "
-            f"got {_names([dtype])}"
-        )
-    offsets, placement = place(layout, values, offsets, batch_sizes)
+    dtypes = [w.dtype for w in weights]
+    dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
+    offsets, placement = place(layout, offsets, batch_sizes)
     result = collection(
         weights,
         values,
@@ -109,9 +105,7 @@ def embedding_bag_collection(
     return result.view(placement.blocks[0].rows, layout.pooled_dim)
 
 
-def place(
-    layout: Layout, values: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
-) -> tuple[Tensor, Placement]:
+def place(layout: Layout, offsets: Tensor, batch_sizes: Sequence[int] | None) -> tuple[Tensor, Placement]:
     """Offsets as the kernels take them, and the placement of an input in order of features."""
     num_bags, num_features = offsets.shape[0] - 1, layout.num_features
     if batch_sizes is not None:
@@ -294,6 +288,16 @@ def check_input(values: Tensor, offsets: Tensor, like: Tensor) -> None:
 def default_output_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """What tables of these dtypes are pooled to unless something else is asked for."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def check_output_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """Raise TypeError unless tables of these dtypes can be pooled to it; gives it back."""
+    if dtype not in FLOATS or (dtype == torch.float64) != (torch.float64 in dtypes):
+        raise TypeError(
+            f"{OP}: expected output_dtype {_names(FLOATS[:3])}, or float64 with float64 tables, "
+            f"got {_names([dtype])}"
+        )
+    return dtype
 
 
 def _layout(

@@ -158,9 +158,10 @@ def _gradients(
         parts = kernels.embedding_bag_collection_backward_sparse(grad_output, winners, weights, *bags)
         for table, needed in enumerate(needs_weights):
             if needed:
-                rows, sums = parts[2 * table : 2 * table + 2]
-                of_weights[table] = coalesced(rows, sums, weights[table].shape[0])
-                keep_coalesced(receivers[table], of_weights[table])
+                gradient = coalesced(parts[2 * table], parts[2 * table + 1], weights[table].shape[0])
+                keep_coalesced(receivers[table], gradient)
+                of_weights[table] = gradient
+                del gradient  # whoever holds it keeps the leaf from taking it over
     elif any(needs_weights):
         dense = kernels.embedding_bag_collection_backward(grad_output, winners, weights, *bags)
         of_weights = [g if needed else None for g, needed in zip(dense, needs_weights, strict=True)]

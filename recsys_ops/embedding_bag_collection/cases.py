@@ -216,9 +216,8 @@ def _updated(
         arguments[f"state_{t}_{s}"].clone() for t in range(len(weights)) for s in range(len(STATES[kind]))
     ]
     values, offsets = arguments["values"], arguments["offsets"]
-    sizes = case.batch_sizes
-    if sizes is None:
-        sizes = [(offsets.shape[0] - 1) // case.layout.num_features] * case.layout.num_features
+    num_features = case.layout.num_features
+    sizes = case.batch_sizes or ((offsets.shape[0] - 1) // num_features,) * num_features
     bags = [(sum(sizes[:f]), sizes[f]) for f in range(len(sizes))]
     placement = case.layout.place(bags, apart=case.batch_sizes is not None)
     factors = arguments.get("per_sample_weights")
@@ -254,7 +253,7 @@ def _updated(
     return (*weights, *states)
 
 
-def _cases(*poolings: str, **fields: Any) -> tuple[EmbeddingBagCollectionCase, ...]:
+def _cases(*poolings: str | tuple[str, ...], **fields: Any) -> tuple[EmbeddingBagCollectionCase, ...]:
     """A case for each pooling, by default sum, mean and maximum; the maximum takes no weights."""
     described = [EmbeddingBagCollectionCase(p, **fields) for p in poolings or ("sum", "mean", "max")]
     return tuple(replace(c, weighted=False, sparse=False) if c.pooling == "max" else c for c in described)
