@@ -55,7 +55,12 @@ if ARM:
     SIMD_LEVELS["neon"] = (16, [])
 
 # Compiled once per level; everything else in csrc/ once.
-SIMD_SOURCES = ["csrc/embedding_bag/bag_pooling.cpp", "csrc/embedding_bag/gradient_pooling.cpp"]
+SIMD_SOURCES = [
+    "csrc/embedding_bag/bag_pooling.cpp",
+    "csrc/embedding_bag/gradient_pooling.cpp",
+    "csrc/embedding_bag_collection/quantized_pooling.cpp",
+    "csrc/embedding_bag_collection/row_update.cpp",
+]
 
 
 def _found(*patterns: str) -> list[str]:

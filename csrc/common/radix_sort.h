@@ -12,11 +12,10 @@ namespace recsys_ops {
 
 // Sorts keys[0:size) by bits [low, low + bits), keeping the order of equal ones; scratch is as
 // large as keys. Returns whichever of the two holds the result. The result does not depend on
-// the number of threads.
-inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int low, int bits) {
+// the number of tasks.
+inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int low, int bits, int64_t tasks) {
   constexpr int largest_digit = 11;
   const int passes = (bits + largest_digit - 1) / largest_digit;
-  const int64_t tasks = task_count(size);
   std::vector<int64_t> places;
   for (int pass = 0, done = 0; pass < passes; ++pass) {
     const int digit = (bits - done) / (passes - pass);

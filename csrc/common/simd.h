@@ -194,4 +194,55 @@ inline void store(Half* to, Vector<float, LANES> v) {
   }
 }
 
+template <int LANES, class V>
+inline V square_root(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && LANES == 16) {
+    return bit_cast<V>(_mm512_sqrt_ps(bit_cast<__m512>(v)));
+  } else if constexpr (sizeof(V) == 64) {
+    return bit_cast<V>(_mm512_sqrt_pd(bit_cast<__m512d>(v)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && LANES == 8) {
+    return bit_cast<V>(_mm256_sqrt_ps(bit_cast<__m256>(v)));
+  } else if constexpr (sizeof(V) == 32) {
+    return bit_cast<V>(_mm256_sqrt_pd(bit_cast<__m256d>(v)));
+  }
+#endif
+  for (int lane = 0; lane < LANES; ++lane) {
+    v[lane] = sizeof(v[0]) == 4 ? __builtin_sqrtf(v[lane]) : __builtin_sqrt(v[lane]);
+  }
+  return v;
+}
+
+// The same where the element type is known at run time; the branch is the same for all of a call.
+template <int LANES>
+RECSYS_OPS_INLINE void store_as(DType dtype, void* to, int64_t at, Vector<float, LANES> v) {
+  switch (dtype) {
+    case DType::float16: return store<LANES>(static_cast<Half*>(to) + at, v);
+    case DType::bfloat16: return store<LANES>(static_cast<BFloat16*>(to) + at, v);
+    default: return store<LANES>(static_cast<float*>(to) + at, v);
+  }
+}
+
+template <int LANES>
+RECSYS_OPS_INLINE void store_as(DType, void* to, int64_t at, Vector<double, LANES> v) {
+  store<LANES>(static_cast<double*>(to) + at, v);
+}
+
+// As float or, in tables of double, as double.
+template <int LANES, class A>
+RECSYS_OPS_INLINE Vector<A, LANES> load_as(DType dtype, const void* from, int64_t at) {
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return load<LANES>(static_cast<const double*>(from) + at);
+  } else {
+    switch (dtype) {
+      case DType::float16: return load<LANES>(static_cast<const Half*>(from) + at);
+      case DType::bfloat16: return load<LANES>(static_cast<const BFloat16*>(from) + at);
+      default: return load<LANES>(static_cast<const float*>(from) + at);
+    }
+  }
+}
+
 }  // namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL

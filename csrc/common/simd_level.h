@@ -27,10 +27,8 @@ const char* simd_level_name(SimdLevel level);
 // functions that give it those of each level.
 #define RECSYS_OPS_DECLARE_FOR_LEVEL(LEVEL, TABLE, FUNCTION) \
   namespace LEVEL {                                          \
-  const TABLE<float>& FUNCTION(const float*);                \
-  const TABLE<double>& FUNCTION(const double*);              \
-  const TABLE<Half>& FUNCTION(const Half*);                  \
-  const TABLE<BFloat16>& FUNCTION(const BFloat16*);          \
+  template <class T>                                         \
+  const TABLE<T>& FUNCTION(const T*);                        \
   }
 
 #if defined(RECSYS_OPS_X86)
@@ -68,9 +66,16 @@ const char* simd_level_name(SimdLevel level);
   }
 #endif
 
-// Defines them, in the namespace of the level that is being compiled.
-#define RECSYS_OPS_DEFINE_FOR_LEVEL(TABLE, FUNCTION, KERNELS)                       \
-  const TABLE<float>& FUNCTION(const float*) { return KERNELS<float>; }             \
-  const TABLE<double>& FUNCTION(const double*) { return KERNELS<double>; }          \
-  const TABLE<Half>& FUNCTION(const Half*) { return KERNELS<Half>; }                \
-  const TABLE<BFloat16>& FUNCTION(const BFloat16*) { return KERNELS<BFloat16>; }
+// Defines it for one type, in the namespace of the level that is being compiled.
+#define RECSYS_OPS_DEFINE_FOR_TYPE(TABLE, FUNCTION, KERNELS, T) \
+  template <>                                                   \
+  const TABLE<T>& FUNCTION<T>(const T*) {                       \
+    return KERNELS<T>;                                          \
+  }
+
+// The same for the types of DType.
+#define RECSYS_OPS_DEFINE_FOR_LEVEL(TABLE, FUNCTION, KERNELS)     \
+  RECSYS_OPS_DEFINE_FOR_TYPE(TABLE, FUNCTION, KERNELS, float)     \
+  RECSYS_OPS_DEFINE_FOR_TYPE(TABLE, FUNCTION, KERNELS, double)    \
+  RECSYS_OPS_DEFINE_FOR_TYPE(TABLE, FUNCTION, KERNELS, Half)      \
+  RECSYS_OPS_DEFINE_FOR_TYPE(TABLE, FUNCTION, KERNELS, BFloat16)

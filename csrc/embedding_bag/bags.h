@@ -16,6 +16,20 @@ struct Table {
   const void* data;
   int64_t rows, dim;
   int64_t row_stride, column_stride;  // in elements
+  const float* scales = nullptr;      // [R, 2], scale and offset of each row, of a quantised table
+};
+
+// Rows of pooled values, or of their gradients, at any distance from each other.
+struct Rows {
+  DType dtype;
+  void* data;
+  int64_t stride;  // in elements
+};
+
+// A factor for each entry, or none.
+struct Factors {
+  DType dtype;
+  const void* data;  // [N] or null
 };
 
 struct Bags {

@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
-#include <vector>
 
 #include "gradient_pooling.h"
+#include "sorted_bags.h"
 
 namespace recsys_ops::embedding_bag {
 
@@ -22,7 +21,7 @@ class WeightGradient {
   WeightGradient(const Gradient& gradient, const Bags& bags);
 
   // How many rows have a gradient.
-  int64_t touched() const { return static_cast<int64_t>(runs.size()) - 1; }
+  int64_t touched() const { return sorted.touched(); }
 
   // Touched row numbers, ascending [U], and their gradients [U, D].
   void write_sparse(int64_t* rows, void* values) const;
@@ -35,11 +34,7 @@ class WeightGradient {
 
   Gradient gradient;
   int64_t num_embeddings;
-  SortedEntries entries;
-  std::unique_ptr<uint64_t[]> keys;     // [2, N], sorted or scratch; those not live at the end
-  std::unique_ptr<uint32_t[]> bag_of;   // [N]
-  std::unique_ptr<double[]> bag_scale;  // [B]
-  std::vector<int64_t> runs;
+  SortedBags sorted;
 };
 
 // Gradient of the per-sample weights, [N].

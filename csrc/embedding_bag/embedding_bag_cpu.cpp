@@ -7,11 +7,10 @@
 #include <string>
 
 #include "../common/parallel.h"
-#include "../common/radix_sort.h"
 #include "../common/simd.h"
 #include "bag_pooling.h"
+#include "bag_tasks.h"
 #include "gradient_pooling.h"
-#include "key_layout.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
@@ -53,36 +52,11 @@ void check_first_offset(const Bags& bags) {
   }
 }
 
-// The first bag of a task, so that tasks have about the same number of entries and bags.
-int64_t first_bag(const Bags& bags, int64_t task, int64_t tasks) {
-  if (task == tasks) {
-    return bags.count;
-  }
-  const int64_t wanted = (bags.indices.size + bags.count) * task / tasks;
-  int64_t low = 0, high = bags.count;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (bags.begin(middle) + middle < wanted) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
-
 // Calls f(first, last) for ranges of bags, in parallel; f returns whether all values were good.
 template <class F>
-void for_bags(const Bags& bags, int64_t elements_per_entry, const F& f) {
+void for_good_bags(const Bags& bags, int64_t elements_per_entry, const F& f) {
   check_first_offset(bags);
-  const int64_t tasks = task_count((bags.indices.size + bags.count) * elements_per_entry);
-  std::atomic<bool> good{true};
-  run_tasks(tasks, [&](int64_t task) {
-    if (!f(first_bag(bags, task, tasks), first_bag(bags, task + 1, tasks))) {
-      good.store(false, std::memory_order_relaxed);
-    }
-  });
-  if (!good.load()) {
+  if (!for_bags(bags, task_count((bags.indices.size + bags.count) * elements_per_entry), f)) {
     refuse(bags);
   }
 }
@@ -98,90 +72,23 @@ void forward(
   dispatch(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const BagPooling<T>& pooling = bag_pooling<T>();
-    for_bags(bags, weight.dim, [&](int64_t first, int64_t last) {
-      if (mode == Mode::max) {
-        return pooling.max(weight, bags, static_cast<T*>(out), argmax, first, last);
-      }
-      return pooling.sum(
-          mode == Mode::mean,
-          weight,
-          bags,
-          static_cast<const T*>(per_sample_weights),
-          static_cast<T*>(out),
-          first,
-          last);
+    const Rows rows = {weight.dtype, out, weight.dim};
+    const Factors factors = {weight.dtype, per_sample_weights};
+    for_good_bags(bags, weight.dim, [&](int64_t first, int64_t last) {
+      return mode == Mode::max ? pooling.max(weight, bags, rows, argmax, first, last)
+                               : pooling.sum(mode == Mode::mean, weight, bags, factors, rows, first, last);
     });
   });
 }
 
 WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
     : gradient(gradient), num_embeddings(bags.num_embeddings) {
-  const int64_t size = bags.indices.size;
-  const uint64_t rows = bags.num_embeddings;
-  const KeyLayout layout = key_layout(gradient, bags);
-  const bool by_position = layout.by_position;
-  const int source_bits = layout.source_bits;
-  keys.reset(new uint64_t[2 * size]);
-  if (by_position) {
-    bag_of.reset(new uint32_t[size]);
+  check_first_offset(bags);
+  const BagSource source = {bags, 0, gradient.dim};
+  const Factors factors = {gradient.dtype, gradient.per_sample_weights};
+  if (!sorted.sort(&source, 1, gradient.mean, gradient.argmax, factors, task_count(bags.indices.size))) {
+    refuse(bags);
   }
-  if (gradient.mean) {
-    bag_scale.reset(new double[bags.count]);
-  }
-  const auto key = [&](uint64_t row, uint64_t source) { return row << source_bits | source; };
-  for_bags(bags, 1, [&](int64_t first, int64_t last) {
-    bool good = true;
-    for (int64_t bag = first; bag < last; ++bag) {
-      if (!bags.well_formed(bag)) {
-        return false;
-      }
-      int64_t live = 0;
-      for (int64_t i = bags.begin(bag), end = bags.end(bag); i < end; ++i) {
-        const int64_t index = bags.indices[i];
-        const bool counts = bags.live(index);
-        good &= counts || bags.drop_invalid || bags.valid(index);
-        keys[i] = key(counts ? index : rows, by_position ? i : bag);
-        if (by_position) {
-          bag_of[i] = static_cast<uint32_t>(bag);
-        }
-        live += counts;
-      }
-      if (gradient.mean) {
-        bag_scale[bag] = live > 0 ? 1.0 / static_cast<double>(live) : 1.0;
-      }
-    }
-    return good;
-  });
-  for (int64_t i = bags.count > 0 ? bags.end(bags.count - 1) : 0; i < size; ++i) {
-    keys[i] = key(rows, 0);  // after the last bag
-  }
-  const uint64_t* sorted = radix_sort(keys.get(), keys.get() + size, size, source_bits, layout.row_bits);
-  const int64_t live = std::lower_bound(sorted, sorted + size, key(rows, 0)) - sorted;
-  entries = {sorted, source_bits, bag_of.get(), bag_scale.get(), nullptr, bags.offsets, nullptr};
-
-  // Each task leaves the starts of its runs where its entries are, without a branch; then they
-  // move together.
-  const int64_t tasks = task_count(live);
-  std::vector<int64_t> found(tasks);
-  runs.resize(live + 1);
-  run_tasks(tasks, [&](int64_t task) {
-    const int64_t begin = live * task / tasks, end = live * (task + 1) / tasks;
-    int64_t* start = runs.data() + begin;
-    for (int64_t e = begin; e < end; ++e) {
-      *start = e;
-      start += e == 0 || entries.row(e) != entries.row(e - 1);
-    }
-    found[task] = start - (runs.data() + begin);
-  });
-  int64_t count = found[0];
-  for (int64_t task = 1; task < tasks; ++task) {
-    const auto begin = runs.begin() + live * task / tasks;
-    std::copy(begin, begin + found[task], runs.begin() + count);
-    count += found[task];
-  }
-  runs.resize(count + 1);
-  runs[count] = live;
-  entries.runs = runs.data();
 }
 
 // To rows [U] and out [U, D], or, without rows, to out [R, D]. Long runs are summed in pieces of
@@ -192,10 +99,12 @@ void WeightGradient::write(int64_t* rows, void* to) const {
     using A = Accumulate<T>;
     const GradientPooling<T>& pooling = gradient_pooling<T>();
     T* out = static_cast<T*>(to);
-    const int64_t dim = gradient.dim, live = runs.back();
+    const SortedEntries& entries = sorted.entries;
+    const int64_t* const runs = entries.runs;
+    const int64_t dim = gradient.dim, live = sorted.live();
     const int64_t tasks = task_count(live * dim);
     const auto first_run = [&](int64_t task) {
-      return std::lower_bound(runs.begin(), runs.end() - 1, live * task / tasks) - runs.begin();
+      return std::lower_bound(runs, runs + touched(), live * task / tasks) - runs;
     };
     std::atomic<bool> all{true};
     run_tasks(tasks, [&](int64_t task) {
@@ -243,12 +152,11 @@ void backward_per_sample_weights(
     const Table& weight, const Bags& bags, const void* grad_output, bool mean, void* out) {
   dispatch(weight.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    T* result = static_cast<T*>(out);
-    for_bags(bags, weight.dim, [&](int64_t first, int64_t last) {
-      return bag_pooling<T>().dot(mean, weight, bags, static_cast<const T*>(grad_output), result, first, last);
+    std::memset(out, 0, bags.indices.size * sizeof(T));
+    const Rows with = {weight.dtype, const_cast<void*>(grad_output), weight.dim}, result = {weight.dtype, out, 1};
+    for_good_bags(bags, weight.dim, [&](int64_t first, int64_t last) {
+      return bag_pooling<T>().dot(mean, weight, bags, with, result, first, last);
     });
-    const int64_t tail = bags.count > 0 ? bags.end(bags.count - 1) : 0;
-    std::memset(static_cast<void*>(result + tail), 0, (bags.indices.size - tail) * sizeof(T));
   });
 }
 

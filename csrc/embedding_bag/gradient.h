@@ -31,12 +31,17 @@ struct SortedEntries {
   const double* run_scale;  // [N], in sorted order, for scale_grad_by_freq; null for 1, and on the CPU
   Integers offsets;
   const int64_t* runs;      // where each starts, and where the last ends; null where nobody has listed them
+  // The rest only on the CPU.
+  const void* factors = nullptr;   // by source, in the type that sums are formed in; null for 1
+  const int64_t* cells = nullptr;  // of each bag, where its row of the output's gradient begins; else
+  int64_t cell_start = 0, cell_stride = 0;  // they begin at equal distances
 
   RECSYS_OPS_INLINE int64_t row(int64_t entry) const { return static_cast<int64_t>(keys[entry] >> source_bits); }
   RECSYS_OPS_INLINE int64_t source(int64_t entry) const {
     return static_cast<int64_t>(keys[entry] & ((uint64_t{1} << source_bits) - 1));
   }
   RECSYS_OPS_INLINE int64_t bag(int64_t source) const { return bag_of ? bag_of[source] : source; }
+  RECSYS_OPS_INLINE int64_t cell(int64_t bag) const { return cells ? cells[bag] : cell_start + bag * cell_stride; }
 };
 
 }  // namespace recsys_ops::embedding_bag

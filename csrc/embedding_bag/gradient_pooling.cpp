@@ -24,25 +24,25 @@ struct SumBlock {
   template <int LANES, int VECTORS>
   void run(int64_t column) const {
     const T* output = static_cast<const T*>(gradient.output) + column;
-    const T* per_sample_weights = static_cast<const T*>(gradient.per_sample_weights);
-    const int64_t dim = gradient.dim;
+    const A* factors = static_cast<const A*>(entries.factors);
     Vector<A, LANES> total[VECTORS] = {};
     for (int64_t e = begin; e < end; ++e) {
       const int64_t later = e < prefetch_end - prefetch_ahead ? e + prefetch_ahead : e;
-      const T* ahead = output + entries.bag(entries.source(later)) * dim;
+      const T* ahead = output + entries.cell(entries.bag(entries.source(later)));
       const int64_t source = entries.source(e);
       const int64_t bag = entries.bag(source);
-      const T* row = output + bag * dim;
+      const int64_t cell = entries.cell(bag);
+      const T* row = output + cell;
       A weight = 1;
       if constexpr (TERMS == Terms::weighted) {
-        weight = per_sample_weights ? load<1>(per_sample_weights + source)[0] : A{1};
+        weight = factors ? factors[source] : A{1};
         weight *= entries.bag_scale ? static_cast<A>(entries.bag_scale[bag]) : A{1};
       }
       for (int v = 0; v < VECTORS; ++v) {
         const auto term = load<LANES>(row + v * LANES);
         prefetch_vector<LANES>(ahead, v);
         if constexpr (TERMS == Terms::where) {
-          const auto at = load_positions<LANES, A>(gradient.argmax + bag * dim + column + v * LANES);
+          const auto at = load_positions<LANES, A>(gradient.argmax + cell + column + v * LANES);
           const auto position = static_cast<IntegerLike<A>>(source - entries.offsets[bag]);
           total[v] += at == position ? term : Vector<A, LANES>{};
         } else if constexpr (TERMS == Terms::weighted) {
@@ -83,6 +83,23 @@ bool write_runs_of(
 }
 
 template <class T, Terms TERMS>
+void sum_runs_of(
+    const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t prefetch_end,
+    const Ahead* ahead, int count, Accumulate<T>* sums) {
+  using A = Accumulate<T>;
+  for (int64_t run = first; run < last; ++run, sums += gradient.dim) {
+    const int64_t begin = entries.runs[run], end = entries.runs[run + 1];
+    for (int i = 0; i < count; ++i) {
+      prefetch(ahead[i].base + entries.row(begin) * ahead[i].stride, ahead[i].bytes);
+    }
+    if (end - begin <= longest_run) {
+      for_each_block<full_lanes<A>, 8>(
+          gradient.dim, SumBlock<T, TERMS, A>{gradient, entries, begin, end, prefetch_end, A{1}, sums});
+    }
+  }
+}
+
+template <class T, Terms TERMS>
 void sum_entries_of(
     const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, Accumulate<T>* sum) {
   using A = Accumulate<T>;
@@ -90,17 +107,17 @@ void sum_entries_of(
       gradient.dim, SumBlock<T, TERMS, A>{gradient, entries, first, last, last, A{1}, sum});
 }
 
-Terms terms_of(const Gradient& gradient) {
+Terms terms_of(const Gradient& gradient, const SortedEntries& entries) {
   if (gradient.argmax) {
     return Terms::where;
   }
-  return gradient.per_sample_weights || gradient.mean ? Terms::weighted : Terms::plain;
+  return entries.factors || entries.bag_scale ? Terms::weighted : Terms::plain;
 }
 
 template <class T>
 bool write_runs(
     const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t* rows, T* out) {
-  switch (terms_of(gradient)) {
+  switch (terms_of(gradient, entries)) {
     case Terms::where: return write_runs_of<T, Terms::where>(gradient, entries, first, last, rows, out);
     case Terms::weighted: return write_runs_of<T, Terms::weighted>(gradient, entries, first, last, rows, out);
     default: return write_runs_of<T, Terms::plain>(gradient, entries, first, last, rows, out);
@@ -108,9 +125,23 @@ bool write_runs(
 }
 
 template <class T>
+void sum_runs(
+    const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t prefetch_end,
+    const Ahead* ahead, int count, Accumulate<T>* sums) {
+  switch (terms_of(gradient, entries)) {
+    case Terms::where:
+      return sum_runs_of<T, Terms::where>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+    case Terms::weighted:
+      return sum_runs_of<T, Terms::weighted>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+    default:
+      return sum_runs_of<T, Terms::plain>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+  }
+}
+
+template <class T>
 void sum_entries(
     const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, Accumulate<T>* sum) {
-  switch (terms_of(gradient)) {
+  switch (terms_of(gradient, entries)) {
     case Terms::where: return sum_entries_of<T, Terms::where>(gradient, entries, first, last, sum);
     case Terms::weighted: return sum_entries_of<T, Terms::weighted>(gradient, entries, first, last, sum);
     default: return sum_entries_of<T, Terms::plain>(gradient, entries, first, last, sum);
@@ -118,7 +149,7 @@ void sum_entries(
 }
 
 template <class T>
-constexpr GradientPooling<T> kernels = {write_runs<T>, sum_entries<T>};
+constexpr GradientPooling<T> kernels = {write_runs<T>, sum_runs<T>, sum_entries<T>};
 
 }  // namespace
 

@@ -25,17 +25,20 @@ inline int bits_for(uint64_t largest) {
 }
 
 // Throws std::runtime_error where 64 bits do not suffice.
-inline KeyLayout key_layout(const Gradient& gradient, const Bags& bags) {
-  const bool by_position = gradient.per_sample_weights || gradient.argmax;
-  const KeyLayout layout = {
-      by_position, bits_for(by_position ? bags.indices.size : bags.count), bits_for(bags.num_embeddings)};
-  if (layout.source_bits + layout.row_bits > 64 || bags.count > std::numeric_limits<uint32_t>::max()) {
+inline KeyLayout key_layout(bool by_position, int64_t num_indices, int64_t num_bags, int64_t num_embeddings) {
+  const KeyLayout layout = {by_position, bits_for(by_position ? num_indices : num_bags), bits_for(num_embeddings)};
+  if (layout.source_bits + layout.row_bits > 64 || num_bags > std::numeric_limits<uint32_t>::max()) {
     throw std::runtime_error(
         "embedding_bag: expected rows x indices below 2^63 and bags below 2^32, got " +
-        std::to_string(bags.num_embeddings) + " rows, " + std::to_string(bags.indices.size) + " indices, " +
-        std::to_string(bags.count) + " bags");
+        std::to_string(num_embeddings) + " rows, " + std::to_string(num_indices) + " indices, " +
+        std::to_string(num_bags) + " bags");
   }
   return layout;
+}
+
+inline KeyLayout key_layout(const Gradient& gradient, const Bags& bags) {
+  const bool by_position = gradient.per_sample_weights || gradient.argmax;
+  return key_layout(by_position, bags.indices.size, bags.count, bags.num_embeddings);
 }
 
 }  // namespace recsys_ops::embedding_bag

@@ -130,7 +130,9 @@ def dither(x: Tensor, dtype: torch.dtype, seed: int, step: int, tensor: int, row
         return 0.0
     info = torch.finfo(dtype)
     exponent = torch.frexp(x.float()).exponent - 1
-    ulp = torch.ldexp(torch.full_like(x, info.eps), exponent).clamp(min=info.smallest_normal * info.eps)
+    smallest = info.smallest_normal * info.eps
+    ulp = torch.ldexp(torch.full_like(x, info.eps), exponent).clamp(min=smallest)
+    ulp = torch.where(x == 0, smallest, ulp)
     noise = (random_bits(seed, step, tensor, rows, x.shape[1]).to(x.dtype) - 2047.5) / 4096
     return torch.where(x.isfinite(), noise * ulp, 0.0)
 
