@@ -6,8 +6,10 @@
 
 #include <exception>
 
+#include "common/eager.h"
 #include "common/simd_level.h"
 #include "embedding_bag/embedding_bag_eager.h"
+#include "embedding_bag_collection/embedding_bag_collection_eager.h"
 
 STABLE_TORCH_LIBRARY(recsys_ops, m) {
   m.def(
@@ -90,7 +92,7 @@ PyMethodDef methods[] = {
     {"simd_levels", simd_levels, METH_NOARGS, "Levels that this machine can run, best first."},
     {"simd_level", simd_level, METH_NOARGS, "The level in use."},
     {"set_simd_level", set_simd_level, METH_O, "Use another level."},
-    {"bind_eager", recsys_ops::embedding_bag::bind_eager, METH_VARARGS, "Name the types of plain tensors."},
+    {"bind_eager", recsys_ops::eager::bind, METH_VARARGS, "Name the types of plain tensors."},
     {"bind_eager_device",
      recsys_ops::embedding_bag::bind_eager_device,
      METH_VARARGS,
@@ -99,6 +101,11 @@ PyMethodDef methods[] = {
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(recsys_ops::embedding_bag::eager_forward)),
      METH_FASTCALL,
      "Pool bags past the dispatcher, or return None."},
+    {"embedding_bag_collection_eager",
+     reinterpret_cast<PyCFunction>(
+         reinterpret_cast<void (*)()>(recsys_ops::embedding_bag_collection::eager_forward)),
+     METH_FASTCALL,
+     "Pool bags of tables past the dispatcher, or return None."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -47,6 +47,16 @@ def register_kernels(
     return kernels
 
 
+def eager_function(name: str) -> Callable[..., torch.Tensor | None]:
+    """A compiled function past the dispatcher; it returns None for calls that it leaves to who calls it."""
+    if _extension.missing():
+        return lambda *args: None
+    extension = _extension.module()
+    extension.bind_eager(torch.Tensor, torch.nn.Parameter)
+    function: Callable[..., torch.Tensor | None] = getattr(extension, name)
+    return function
+
+
 def is_eager(backend: str | None) -> bool:
     """Whether a call that asks for ``backend`` may bypass PyTorch's dispatcher: nothing else looks on.
 

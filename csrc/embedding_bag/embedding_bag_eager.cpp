@@ -1,21 +1,16 @@
 // The forward from Python objects, past the dispatcher: for small calls that need no gradient.
 #include "embedding_bag_eager.h"
 
-// The DLPack header is plain C; only its guard takes it for something unstable.
-#undef TORCH_TARGET_VERSION
-#include <ATen/dlpack.h>
-
 #include <exception>
 #include <vector>
 
+#include "../common/eager.h"
 #include "embedding_bag.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
 
-const DLPackExchangeAPI* torch_tensors = nullptr;
-PyObject* tensor_type = nullptr;
-PyObject* parameter_type = nullptr;
+using namespace recsys_ops::eager;
 
 void forward_on_cpu(
     const Table& table, const Bags& bags, const void* per_sample_weights, bool mean, void* out, int, void*) {
@@ -28,104 +23,11 @@ EagerForward* forward_on(int device_type) {
   return device_type == kDLCPU ? &on_cpu : device_type == kDLCUDA ? &on_cuda : nullptr;
 }
 
-// A dense tensor, whose fields stay valid while the object does.
-bool view(PyObject* object, int most_dims, DLTensor* tensor) {
-  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  if (type != tensor_type && type != parameter_type) {
-    return false;
-  }
-  if (torch_tensors->dltensor_from_py_object_no_sync(object, tensor) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  return 1 <= tensor->ndim && tensor->ndim <= most_dims && tensor->dtype.lanes == 1;
-}
-
-bool same_device(const DLTensor& a, const DLTensor& b) {
-  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
-}
-
-char* data(const DLTensor& tensor) { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
-
-bool contiguous(const DLTensor& tensor) {
-  int64_t expected = 1;
-  for (int d = tensor.ndim - 1; d >= 0; --d) {
-    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) {
-      return false;
-    }
-    expected *= tensor.shape[d];
-  }
-  return true;
-}
-
-bool as_integers(const DLTensor& tensor, Integers* integers) {
-  if (tensor.dtype.code != kDLInt || (tensor.dtype.bits != 32 && tensor.dtype.bits != 64) || !contiguous(tensor)) {
-    return false;
-  }
-  *integers = {data(tensor), tensor.dtype.bits == 64, tensor.ndim == 1 ? tensor.shape[0] : tensor.shape[0] * tensor.shape[1]};
-  return true;
-}
-
-bool as_dtype(const DLDataType& type, DType* dtype) {
-  if (type.code == kDLBfloat && type.bits == 16) {
-    *dtype = DType::bfloat16;
-  } else if (type.code == kDLFloat && (type.bits == 16 || type.bits == 32 || type.bits == 64)) {
-    *dtype = type.bits == 16 ? DType::float16 : type.bits == 32 ? DType::float32 : DType::float64;
-  } else {
-    return false;
-  }
-  return true;
-}
-
-PyObject* allocate(const DLTensor& like, int64_t bags, int64_t dim, void** memory) {
-  int64_t shape[2] = {bags, dim};
-  DLTensor prototype = like;
-  prototype.ndim = 2;
-  prototype.shape = shape;
-  prototype.strides = nullptr;
-  prototype.byte_offset = 0;
-  DLManagedTensorVersioned* managed = nullptr;
-  const auto failed = [](void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); };
-  void* tensor = nullptr;
-  if (torch_tensors->managed_tensor_allocator(&prototype, &managed, nullptr, failed) != 0 ||
-      torch_tensors->managed_tensor_to_py_object_no_sync(managed, &tensor) != 0) {
-    return nullptr;
-  }
-  *memory = data(managed->dl_tensor);
-  return static_cast<PyObject*>(tensor);
-}
-
 // weight, input, offsets or None, per_sample_weights or None, and as integers mean,
 // include_last_offset, padding_idx, drop_invalid
 enum Argument { weight, input, offsets, factors, mean, include_last_offset, padding_idx, drop_invalid, argument_count };
 
 }  // namespace
-
-PyObject* bind_eager(PyObject*, PyObject* types) {
-  PyObject *tensor, *parameter;
-  if (!PyArg_ParseTuple(types, "OO", &tensor, &parameter)) {
-    return nullptr;
-  }
-  PyObject* capsule = PyObject_GetAttrString(tensor, "__dlpack_c_exchange_api__");
-  if (!capsule) {
-    return nullptr;
-  }
-  const auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
-  Py_DECREF(capsule);
-  if (!api) {
-    return nullptr;
-  }
-  if (api->header.version.major != DLPACK_MAJOR_VERSION || !api->dltensor_from_py_object_no_sync) {
-    PyErr_SetString(PyExc_RuntimeError, "torch exchanges tensors by another version of DLPack");
-    return nullptr;
-  }
-  Py_INCREF(tensor);
-  Py_INCREF(parameter);
-  tensor_type = tensor;
-  parameter_type = parameter;
-  torch_tensors = api;
-  Py_RETURN_NONE;
-}
 
 PyObject* bind_eager_device(PyObject*, PyObject* arguments) {
   int device_type;
@@ -151,7 +53,7 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   DLTensor rows, ids, starts, weights;
   Table table;
   Bags bags;
-  if (!torch_tensors || !view(given[weight], 2, &rows) || rows.ndim != 2 || !as_dtype(rows.dtype, &table.dtype) ||
+  if (!is_bound() || !view(given[weight], 2, &rows) || rows.ndim != 2 || !as_dtype(rows.dtype, &table.dtype) ||
       !view(given[input], 2, &ids) || !as_integers(ids, &bags.indices) || !same_device(ids, rows)) {
     Py_RETURN_NONE;
   }
@@ -201,14 +103,11 @@ PyObject* eager_forward(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
 
   void* stream = nullptr;
-  if (rows.device.device_type != kDLCPU &&
-      (!torch_tensors->current_work_stream ||
-       torch_tensors->current_work_stream(rows.device.device_type, rows.device.device_id, &stream) != 0)) {
-    PyErr_Clear();
+  if (rows.device.device_type != kDLCPU && !current_stream(rows, &stream)) {
     Py_RETURN_NONE;
   }
   void* memory = nullptr;
-  PyObject* output = allocate(rows, bags.count, table.dim, &memory);
+  PyObject* output = allocate(rows, {bags.count, table.dim}, &memory);
   if (!output) {
     return nullptr;
   }

@@ -13,9 +13,6 @@ using EagerForward = void (*)(
     void* stream);
 inline constexpr const char* eager_forward_capsule = "recsys_ops.embedding_bag.EagerForward";
 
-// (torch.Tensor, torch.nn.Parameter): the types whose objects eager_forward reads.
-PyObject* bind_eager(PyObject* self, PyObject* types);
-
 // (DLPack's number of a kind of device, capsule of an EagerForward): who pools bags there.
 PyObject* bind_eager_device(PyObject* self, PyObject* arguments);
 

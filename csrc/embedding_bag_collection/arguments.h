@@ -45,12 +45,8 @@ inline Input input_of(
   input.drop_invalid = drop_invalid;
   STD_TORCH_CHECK(input.offsets.size > 0, op, ": expected offsets of shape [G + 1], got [0]");
   for (int64_t k = 0; k < input.num_lookups; ++k) {
-    const Lookup& l = input.lookups[k];
     STD_TORCH_CHECK(
-        0 <= l.table && l.table < static_cast<int64_t>(tables.size()) && Mode::sum <= l.mode && l.mode <= Mode::maximum &&
-            0 <= l.first_bag && 0 <= l.num_bags && l.num_bags < input.offsets.size - l.first_bag && 0 <= l.start &&
-            0 <= l.stride &&
-            (l.num_bags == 0 || l.start + (l.num_bags - 1) * l.stride + tables[l.table].dim <= cells),
+        is_consistent(input.lookups[k], input, tables, cells),
         op, ": expected lookups of these tables, offsets and cells, got another in row ", k);
   }
   return input;

@@ -41,6 +41,14 @@ struct Input {
   }
 };
 
+// Whether a lookup is one of bags, tables and cells that there are.
+inline bool is_consistent(const Lookup& l, const Input& input, const std::vector<Table>& tables, int64_t cells) {
+  return 0 <= l.table && l.table < static_cast<int64_t>(tables.size()) && Mode::sum <= l.mode &&
+         l.mode <= Mode::maximum && 0 <= l.first_bag && 0 <= l.num_bags &&
+         l.num_bags < input.offsets.size - l.first_bag && 0 <= l.start && 0 <= l.stride &&
+         (l.num_bags == 0 || l.start + (l.num_bags - 1) * l.stride + tables[l.table].dim <= cells);
+}
+
 // All throw std::runtime_error for values that the contract refuses.
 
 // Pools into the cells of output [C], and unless argmax is null where maxima come from into those of argmax [C].

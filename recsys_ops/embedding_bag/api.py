@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recsys_ops import _extension
-from recsys_ops._library import is_eager, register_kernels
+from recsys_ops._library import eager_function, is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag import autograd, reference
 from recsys_ops.embedding_bag.autograd import (
@@ -199,16 +197,7 @@ def _check_tensors(
         )
 
 
-def _load_eager_forward() -> Callable[..., Tensor | None]:
-    """The compiled forward past the dispatcher; returns None for calls that it leaves to the checks below."""
-    if _extension.missing():
-        return lambda *args: None
-    extension = _extension.module()
-    extension.bind_eager(Tensor, torch.nn.Parameter)
-    return extension.embedding_bag_eager
-
-
-_eager_forward = _load_eager_forward()
+_eager_forward = eager_function("embedding_bag_eager")
 
 
 def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight: Tensor, mode: str) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_ops._library import register_kernels
+from recsys_ops._library import eager_function, is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag_collection import autograd, reference
 from recsys_ops.embedding_bag_collection.autograd import FAKES, CollectionFunction, FusedUpdate, lookup
@@ -19,6 +19,9 @@ OP = "embedding_bag_collection"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 BOUNDS = ("error", "drop")
+_DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # of csrc's DType
+
+_eager_forward = eager_function("embedding_bag_collection_eager")
 
 
 def embedding_bag_collection(
@@ -88,7 +91,7 @@ def embedding_bag_collection(
     dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
     offsets, placement = place(layout, offsets, batch_sizes)
     result = collection(
-        weights,
+        list(weights),
         values,
         offsets,
         per_sample_weights,
@@ -158,14 +161,28 @@ def collection(
     backend: str | None = None,
 ) -> Tensor:
     """The lookups of checked tables, [placement.size]: into ``out``, with gradients, or with an update."""
+    needs_grad = torch.is_grad_enabled() and (
+        update is not None
+        or (per_sample_weights is not None and per_sample_weights.requires_grad)
+        or any(w.requires_grad for w in weights)
+    )
+    if not needs_grad and is_eager(backend):
+        result = _eager_forward(
+            weights,
+            values,
+            offsets,
+            per_sample_weights,
+            placement.lookups,
+            placement.size,
+            _DTYPE_NUMBERS[dtype],
+            drop_invalid,
+            out,
+        )
+        if result is not None:
+            return result
     if per_sample_weights is not None:
         per_sample_weights = _check_per_sample_weights(per_sample_weights, values, dtype)
     values, offsets = values.contiguous(), offsets.contiguous()
-    needs_grad = torch.is_grad_enabled() and (
-        update is not None
-        or any(w.requires_grad for w in weights)
-        or (per_sample_weights is not None and per_sample_weights.requires_grad)
-    )
     backend = _choose(backend, values.device.type, weights[0].dtype)
     options = (placement.size, dtype, drop_invalid, has_max, backend)
     if out is not None:

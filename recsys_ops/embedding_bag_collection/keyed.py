@@ -64,9 +64,7 @@ def _place(module: EmbeddingBagCollection, features: Any, offsets: Tensor) -> tu
     bags = [first[f] for f in module.features]
     offsets, placement = place_bags(module.layout, offsets, bags, apart=apart)
     if not apart and not module.layout.sequences and not torch.compiler.is_compiling():
-        if len(module._placements) >= 64:
-            module._placements.clear()
-        module._placements[known] = placement
+        module.keep_placement(known, placement)
     return offsets, placement, apart
 
 

@@ -185,7 +185,8 @@ class EmbeddingBagCollection(torch.nn.Module):
     @property
     def weights(self) -> list[torch.nn.Parameter]:
         """The tables' weights, in order."""
-        return [table.weight for table in self.embedding_bags.children()]  # type: ignore[misc]
+        # Past torch.nn.Module.__getattr__, which takes a third of a small call.
+        return [table._parameters["weight"] for table in self.embedding_bags._modules.values()]  # type: ignore[union-attr, misc]
 
     @property
     def embedding_names(self) -> list[str]:
@@ -234,9 +235,9 @@ class EmbeddingBagCollection(torch.nn.Module):
                     f"{_OP}: expected values and offsets, or a KeyedJaggedTensor, got a {got} alone"
                 )
             return keyed.forward(self, features, out)
-        check_options(self.layout, self.bounds, self.sparse, per_sample_weights is not None)
-        check_input(features, offsets, self.weights[0])
-        offsets, placement = place(self.layout, offsets, batch_sizes)
+        if per_sample_weights is not None:
+            check_options(self.layout, self.bounds, self.sparse, True)
+        offsets, placement = self._place(features, offsets, batch_sizes)
         result = self.lookup(features, offsets, per_sample_weights, placement, out)
         if batch_sizes is None and not self.layout.sequences:
             return result if out is not None else result.view(-1, self.layout.pooled_dim)
@@ -249,6 +250,24 @@ class EmbeddingBagCollection(torch.nn.Module):
         else:
             pooled = self.side_by_side(result, placement)
         return (pooled, sequences) if sequences else pooled
+
+    def _place(
+        self, values: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
+    ) -> tuple[Tensor, Placement]:
+        is_known = batch_sizes is None and not self.layout.sequences and not torch.compiler.is_compiling()
+        placement = self._placements.get(offsets.shape) if is_known else None
+        if placement is None:
+            check_input(values, offsets, self.weights[0])
+            offsets, placement = place(self.layout, offsets, batch_sizes)
+            if is_known:
+                self.keep_placement(offsets.shape, placement)
+        return offsets, placement
+
+    def keep_placement(self, key: Any, placement: Placement) -> None:
+        """Remember the placement of a kind of input; the kinds are few, or not worth remembering."""
+        if len(self._placements) >= 64:
+            self._placements.clear()
+        self._placements[key] = placement
 
     def lookup(
         self,
