@@ -22,12 +22,19 @@ FP8 = torch.float8_e4m3fn
 def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Codes, and scales and offsets [R, 2], of a table [R, D].
 
+    Raises:
+        ValueError: for another format than these, or int4 where D is odd.
+
     Example:
         >>> import torch
         >>> codes, scales = quantize_rows(torch.tensor([[0.0, 1.0, 2.0, 2.55]]), "int8")
         >>> codes
         tensor([[  0, 100, 200, 255]], dtype=torch.uint8)
     """
+    if format not in FORMATS:
+        raise ValueError(f"quantize_rows: expected format to be one of {FORMATS}, got {format!r}")
+    if format == "int4" and weight.shape[1] % 2:
+        raise ValueError(f"quantize_rows: expected int4 rows of even length, got {weight.shape[1]}")
     w = weight.float()
     if format == "fp8":
         scale = _largest(w.abs()) / torch.finfo(FP8).max
