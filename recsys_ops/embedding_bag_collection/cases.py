@@ -273,6 +273,8 @@ SHARED: Fields = {
     "features": ((0, 2), (1,), (2, 0))
 }  # tables of several features, features of several tables
 MIXED: Fields = {"pooling": ("mean", "sum", "max")}
+DECAYS = (None, "weight_decay", "decoupled_weight_decay")
+CLIPPINGS = (None, "max_gradient", "max_gradient_norm")
 
 QUICK = (
     EmbeddingBagCollectionCase(),
@@ -345,17 +347,12 @@ CASES = tuple(
                 "sum",
                 optimizer=optimizer,
                 decay=decay,
-                clipping=clipping,
-                half_states=half,
-                stochastic=half,
+                clipping=CLIPPINGS[(i + half) % 3],
                 dims=(5, 16, 65),
+                half_states=bool(half),
+                stochastic=bool(half),
             )
-            for optimizer, decay, clipping, half in itertools.product(
-                OPTIMIZERS,
-                (None, "weight_decay", "decoupled_weight_decay"),
-                (None, "max_gradient", "max_gradient_norm"),
-                (False, True),
-            )
+            for optimizer, (i, decay), half in itertools.product(OPTIMIZERS, enumerate(DECAYS), (0, 1))
         ),
         *(_cases(optimizer=optimizer, weighted=True, halves=(0,), **SHARED) for optimizer in OPTIMIZERS),
         *(
@@ -402,6 +399,9 @@ def _exhaustive() -> Iterable[EmbeddingBagCollectionCase]:
             yield from _cases(sparse=sparse, **given)
         for optimizer in OPTIMIZERS:
             yield from _cases("mean", optimizer=optimizer, stochastic=bool(halves), **given)
+    for optimizer, decay, clipping, half in itertools.product(OPTIMIZERS, DECAYS, CLIPPINGS, (False, True)):
+        updated = {"optimizer": optimizer, "decay": decay, "clipping": clipping, "dims": (5, 16, 65)}
+        yield from _cases("sum", **updated, half_states=half, stochastic=half)
 
 
 def _registered_call(arguments: dict[str, Any], backend: str) -> tuple[Any, tuple[Any, ...]]:
