@@ -247,8 +247,12 @@ _UPDATES = {
                 "((v / (1 - beta2**step)).sqrt() + eps)",
                 "((v / (1 - beta2**step)) + eps).sqrt()",
             ),
-            ("row-wise state by sum", "g.square().mean(1, keepdim=True)", "g.square().sum(1, keepdim=True)"),
-            ("row-wise state of the first column", "g.square().mean(1, keepdim=True)", "g.square()[:, :1]"),
+            ("row-wise state by sum", " / max(1, g.shape[1])", ""),
+            (
+                "row-wise state of the first column",
+                "g.square().sum(1, keepdim=True) / max(1, g.shape[1])",
+                "g.square()[:, :1]",
+            ),
         )
     },
 }
