@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import textbook
 import torch
-from textbook import Bags, Settings
 from torch import Tensor
 
+from embedding_bag_collection import textbook
+from embedding_bag_collection.textbook import Bags, Settings
 from recsys_ops.embedding_bag_collection import api
 from recsys_ops.embedding_bag_collection.autograd import KERNELS, FusedUpdate
 from recsys_ops.embedding_bag_collection.cases import SPEC
