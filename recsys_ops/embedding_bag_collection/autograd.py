@@ -159,8 +159,9 @@ def _gradients(
         for table, needed in enumerate(needs_weights):
             if needed:
                 rows, sums = parts[2 * table : 2 * table + 2]
-                of_weights[table] = coalesced(rows, sums, weights[table].shape[0])
-                keep_coalesced(receivers[table], of_weights[table])
+                gradient = coalesced(rows, sums, weights[table].shape[0])
+                keep_coalesced(receivers[table], gradient)
+                of_weights[table] = gradient
     elif any(needs_weights):
         dense = kernels.embedding_bag_collection_backward(grad_output, winners, weights, *bags)
         of_weights = [g if needed else None for g, needed in zip(dense, needs_weights, strict=True)]

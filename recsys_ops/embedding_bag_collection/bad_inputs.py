@@ -42,7 +42,7 @@ def bad_inputs(case: Any) -> tuple[BadInput, ...]:
 
     def refused_values(kernel: str, fields: dict[str, Any], **changed: Any) -> list[BadInput]:
         """What only the values show, refused by this kernel."""
-        described = [
+        described: list[tuple[str, str, dict[str, tuple[int, ...]]]] = [
             (
                 "negative id",
                 r"values in \[0, 5\) for table 0, got values\[2\] = -1",

@@ -224,9 +224,8 @@ def _updated(
         arguments[f"state_{t}_{s}"].clone() for t in range(len(weights)) for s in range(len(STATES[kind]))
     ]
     values, offsets = arguments["values"].contiguous(), arguments["offsets"].contiguous()
-    sizes = case.batch_sizes
-    if sizes is None:
-        sizes = [(offsets.shape[0] - 1) // case.layout.num_features] * case.layout.num_features
+    num_features = case.layout.num_features
+    sizes = case.batch_sizes or ((offsets.shape[0] - 1) // num_features,) * num_features
     bags = [(sum(sizes[:f]), sizes[f]) for f in range(len(sizes))]
     placement = case.layout.place(bags, apart=case.batch_sizes is not None)
     factors = arguments.get("per_sample_weights")
@@ -263,7 +262,7 @@ def _updated(
     return (*weights, *states, step.to(values.device, dtype))
 
 
-def _cases(*poolings: str, **fields: Any) -> tuple[EmbeddingBagCollectionCase, ...]:
+def _cases(*poolings: str | tuple[str, ...], **fields: Any) -> tuple[EmbeddingBagCollectionCase, ...]:
     """A case for each pooling, by default sum, mean and maximum; the maximum takes no weights."""
     described = [EmbeddingBagCollectionCase(p, **fields) for p in poolings or ("sum", "mean", "max")]
     return tuple(replace(c, weighted=False, sparse=False) if c.pooling == "max" else c for c in described)

@@ -95,7 +95,7 @@ def update_rows(
         states = [m, v]
         u = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
     u = u + decoupled * w
-    trust = 1.0
+    trust: float | Tensor = 1.0
     if optimizer == LAMB:
         of_w, of_u = (x.square().sum(1, keepdim=True).sqrt() for x in (w, u))
         trust = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0)
