@@ -369,7 +369,7 @@ LARGE = (
     EmbeddingBagCollectionCase(batch=200, length=20, rows=(500, 40, 3000), dims=(64, 16, 33), weighted=True),
     EmbeddingBagCollectionCase("mean", batch=200, length=20, rows=(500, 40), dims=(64, 16), sparse=True),
     EmbeddingBagCollectionCase("max", batch=200, length=20, rows=(500, 40), dims=(64, 16)),
-    EmbeddingBagCollectionCase(rows=(5,), dims=(16,), batch=64, length=400),
+    EmbeddingBagCollectionCase(rows=(5,), dims=(16,), batch=64, length=400, weighted=True),
     *(
         EmbeddingBagCollectionCase(
             optimizer=optimizer,
