@@ -45,12 +45,12 @@ RECSYS_OPS_INLINE U mix(U x) {
   return x ^ x >> 16;
 }
 
-// Rounds to T stochastically: adds what makes rounding to nearest go up or down at random.
-struct Dither {
+// Rounds to the halves up or down at random, so that the mean is what was rounded.
+struct Rounding {
   bool on = false;
   uint32_t key = 0;
 
-  Dither(const Step& step, uint32_t tensor, int64_t row) : on(step.stochastic_rounding) {
+  Rounding(const Step& step, uint32_t tensor, int64_t row) : on(step.stochastic_rounding) {
     if (on) {
       const auto number = static_cast<uint64_t>(row);
       for (uint32_t word : {step.seed, step.count, tensor, static_cast<uint32_t>(number >> 32),
@@ -75,8 +75,10 @@ struct Dither {
         const Bits exponent = bit_cast<Bits>(x) & 0x7f800000;
         const Vector<float, LANES> unit = bit_cast<Vector<float, LANES>>(exponent) * (is_bfloat16 ? 0x1p-7f : 0x1p-10f);
         const Vector<float, LANES> least = Vector<float, LANES>{} + (is_bfloat16 ? 0x1p-133f : 0x1p-24f);
-        const Vector<float, LANES> dithered = x + noise * (unit > least ? unit : least);
-        return exponent == 0x7f800000 ? x : dithered;
+        const Vector<float, LANES> step = unit > least ? unit : least;
+        constexpr float integers = 0x1.8p23f;  // from here on floats are integers
+        const Vector<float, LANES> rounded = ((x / step + noise) + integers - integers) * step;
+        return exponent == 0x7f800000 ? x : rounded;
       }
     }
     return x;
@@ -88,7 +90,7 @@ template <class T, bool STRIDED>
 struct Row {
   T* data;
   int64_t column_stride;
-  Dither dither;
+  Rounding rounding;
 
   template <int LANES>
   RECSYS_OPS_INLINE auto load_at(int64_t column) const {
@@ -99,7 +101,7 @@ struct Row {
   RECSYS_OPS_INLINE void store_at(int64_t column, V value) const {
     store<LANES>(
         data + (STRIDED ? column * column_stride : column),
-        dither.template apply<T, LANES, Accumulate<T>>(value, column));
+        rounding.template apply<T, LANES, Accumulate<T>>(value, column));
   }
 };
 
@@ -155,7 +157,7 @@ void update_row(const Step& step, const TrainedTable& table, int64_t row, Accumu
       squares += sum_of<n.value, A>(value * value);
     });
     const auto of_row = state(has_sum ? 0 : 1, true);
-    const A before = of_row.template load_at<1>(0)[0], mean = squares / static_cast<A>(dim);
+    const A before = of_row.template load_at<1>(0)[0], mean = squares / static_cast<A>(dim > 0 ? dim : 1);
     const A after = has_sum ? before + mean : before + rest2 * (mean - before);
     of_row.template store_at<1>(0, Vector<A, 1>{after});
     row_scale = 1 / (std::sqrt(has_sum ? after : after / correction2) + eps);

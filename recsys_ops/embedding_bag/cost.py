@@ -30,7 +30,7 @@ class Cost:
     """What a call needs at least. Bytes are exact for the call's shapes and ids, before any cache."""
 
     flops: int
-    row_bytes: int  # one row
+    row_bytes: int  # one row, or their mean
     unique_row_bytes: int  # rows at random addresses, each distinct one once: what memory must deliver
     lookup_row_bytes: int  # the same with every lookup counted: what caches and memory deliver together
     streamed_bytes: int  # ids, offsets, weights, outputs: read or written in order
@@ -47,13 +47,13 @@ class Cost:
         return self.lookup_row_bytes + self.streamed_bytes + self.zeroed_bytes
 
     def __add__(self, other: Cost) -> Cost:
-        """The cost of both, one after the other; the rows must be of one size."""
-        if self.row_bytes != other.row_bytes:
-            raise ValueError(
-                f"Cost: expected rows of one size, got {self.row_bytes} and {other.row_bytes} bytes"
-            )
+        """The cost of both, one after the other. Of rows of two sizes the mean over lookups is kept."""
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)}
-        return Cost(**{**sums, "row_bytes": self.row_bytes})
+        row = self.row_bytes
+        if row != other.row_bytes:
+            lookups = sum(c.lookup_row_bytes / max(1, c.row_bytes) for c in (self, other))
+            row = round(sums["lookup_row_bytes"] / lookups) if lookups else max(row, other.row_bytes)
+        return Cost(**{**sums, "row_bytes": row})
 
 
 def forward_cost(
@@ -86,7 +86,7 @@ def forward_cost(
     """
     row = dim * dtype.itemsize
     return Cost(
-        flops=_pooling_flops(num_bags, num_ids, dim, mode, weighted),
+        flops=pooling_flops(num_bags, num_ids, dim, mode, weighted),
         row_bytes=row,
         unique_row_bytes=num_unique * row,
         lookup_row_bytes=num_ids * row,
@@ -124,7 +124,7 @@ def backward_cost(
     gathered = num_bags if mode == "max" else num_ids
     streamed = _bag_bytes(num_bags, num_ids, dtype, weighted, index_bytes)
     cost = Cost(
-        flops=_pooling_flops(num_bags, gathered, dim, mode, weighted),
+        flops=pooling_flops(num_bags, gathered, dim, mode, weighted),
         row_bytes=row,
         unique_row_bytes=num_bags * row,
         lookup_row_bytes=gathered * row,
@@ -146,5 +146,6 @@ def _bag_bytes(num_bags: int, num_ids: int, dtype: torch.dtype, weighted: bool, 
     return (num_ids + num_bags + 1) * index_bytes + (num_ids * dtype.itemsize if weighted else 0)
 
 
-def _pooling_flops(num_bags: int, num_ids: int, dim: int, mode: str, weighted: bool) -> int:
+def pooling_flops(num_bags: int, num_ids: int, dim: int, mode: str, weighted: bool) -> int:
+    """Operations that add rows up to bags, or gradients of bags up to rows."""
     return num_ids * dim * (2 if weighted else 1) + (num_bags * dim if mode == "mean" else 0)

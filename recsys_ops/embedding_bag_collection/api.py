@@ -83,10 +83,10 @@ def embedding_bag_collection(
         tensor([[4., 6., 0., 1., 2., 3.],
                 [2., 3., 4., 5., 6., 7.]])
     """
-    layout = _layout(weights, features, pooling)
     check_tables(weights)
+    layout = _layout(weights, features, pooling)
     check_options(layout, bounds, sparse, per_sample_weights is not None)
-    check_input(values, offsets, weights[0] if weights else values)
+    check_input(values, offsets, weights[0])
     dtypes = [w.dtype for w in weights]
     dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
     offsets, placement = place(layout, offsets, batch_sizes)
@@ -140,7 +140,14 @@ def place_bags(
     at = [bag for f in layout.sequences for bag in (bags[f][0], bags[f][0] + bags[f][1])]
     found = offsets[torch.tensor(at, device=offsets.device)].tolist()
     ranges = list(zip(found[::2], found[1::2], strict=True))
-    lengths = {f: max(0, end - first) for f, (first, end) in zip(layout.sequences, ranges, strict=True)}
+    lengths = {f: end - first for f, (first, end) in zip(layout.sequences, ranges, strict=True)}
+    for f, length in lengths.items():
+        if length < 0:
+            first, end = bags[f][0], bags[f][0] + bags[f][1]
+            raise RuntimeError(
+                f"{OP}: expected offsets that never decrease, got offsets[{first}] = {int(offsets[first])}, "
+                f"offsets[{end}] = {int(offsets[end])}"
+            )
     placement = layout.place(bags, lengths, offsets.shape[0] - 1, apart=apart)
     return with_bags_of_one(offsets, ranges), placement
 

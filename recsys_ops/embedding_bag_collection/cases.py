@@ -18,7 +18,7 @@ from recsys_ops.embedding_bag_collection.api import (
     quantized_collection,
 )
 from recsys_ops.embedding_bag_collection.autograd import KERNELS
-from recsys_ops.embedding_bag_collection.bad_inputs import BAD_INPUTS
+from recsys_ops.embedding_bag_collection.bad_inputs import bad_inputs
 from recsys_ops.embedding_bag_collection.isolations import isolations
 from recsys_ops.embedding_bag_collection.layout import Layout
 from recsys_ops.embedding_bag_collection.mutants import MUTANTS
@@ -41,6 +41,7 @@ class EmbeddingBagCollectionCase(Case):
     batch_sizes: tuple[int, ...] | None = None
     length: int = 4  # of a bag, about the mean
     lengths: tuple[int, ...] | None = None  # of all bags, instead
+    tail: int = 0  # entries after the last bag, outside every table
     ids: str = "zipf"
     weighted: bool = False
     sparse: bool = False
@@ -66,12 +67,12 @@ class EmbeddingBagCollectionCase(Case):
         per_feature = [sum(lengths[first:end]) for first, end in itertools.pairwise(ends)]
         ids = [self._ids(draw, f, count) for f, count in enumerate(per_feature)]
         arguments: dict[str, Any] = {
-            "values": torch.cat(ids),
+            "values": torch.cat([*ids, ids[0].new_full((self.tail,), -1)]),
             "offsets": draw.offsets(list(lengths), torch.int64 if self.wide_offsets else torch.int32),
             "case": self,
         }
         if self.weighted:
-            arguments["per_sample_weights"] = draw.normal(sum(per_feature))
+            arguments["per_sample_weights"] = draw.normal(sum(per_feature) + self.tail)
         longest = max(1.0, sum(lengths) / max(1, len(lengths)))
         for t, (rows, dim) in enumerate(zip(self.rows, self.dims, strict=True)):
             weight = draw.normal(rows, dim, scale=self._scale(self.modes[t], longest))
@@ -108,7 +109,8 @@ class EmbeddingBagCollectionCase(Case):
         return Layout(self.looked_up, self.modes, self.dims)
 
     def _ids(self, draw: Inputs, feature: int, count: int) -> Tensor:
-        rows = min(r for r, features in zip(self.rows, self.looked_up, strict=True) if feature in features)
+        tables = [r for r, features in zip(self.rows, self.looked_up, strict=True) if feature in features]
+        rows = min(tables, default=10**6)  # of those that nobody looks up, ids are free
         ids = draw.ids(count, rows, self.ids, torch.int64 if self.wide_ids else torch.int32)
         if self.invalid:
             ids[::5], ids[3::7] = -1, rows
@@ -153,17 +155,22 @@ class EmbeddingBagCollectionCase(Case):
         return {"eps": 2**-10, "beta1": 0.875, "beta2": 0.9375, **given}
 
 
-def run(case: EmbeddingBagCollectionCase, backend: str | None = None, **arguments: Any) -> Any:
+def run(
+    case: EmbeddingBagCollectionCase,
+    backend: str | None = None,
+    bounds: str | None = None,
+    out: Tensor | None = None,
+    **arguments: Any,
+) -> Any:
     """What the suite calls in the place of the public function: tables, states and all as keywords."""
     weights = [arguments[name] for name in case.tables]
     bags = (arguments["values"], arguments["offsets"])
     factors = arguments.get("per_sample_weights")
-    drop = case.invalid
     if case.quantized is not None:
         return _quantized(case, weights, *bags, factors, backend)
     if case.optimizer is not None:
         return _updated(case, weights, arguments, backend)
-    double = weights[0].dtype == torch.float64
+    double = all(w.dtype == torch.float64 for w in weights)
     outputs = embedding_bag_collection(
         *bags,
         weights,
@@ -173,7 +180,8 @@ def run(case: EmbeddingBagCollectionCase, backend: str | None = None, **argument
         batch_sizes=case.batch_sizes,
         sparse=case.sparse,
         output_dtype=getattr(torch, case.output) if case.output and not double else None,
-        bounds="drop" if drop else "error",
+        bounds=bounds or ("drop" if case.invalid else "error"),
+        out=out,
         backend=backend,
     )
     return tuple(outputs) if isinstance(outputs, list) else outputs
@@ -208,14 +216,14 @@ def _quantized(
 def _updated(
     case: EmbeddingBagCollectionCase, weights: list[Tensor], arguments: dict[str, Any], backend: str | None
 ) -> tuple[Tensor, ...]:
-    """The weights and states after an update."""
+    """The weights, the states and the step after an update."""
     assert case.optimizer is not None
     weights = [w.clone(memory_format=torch.preserve_format) for w in weights]
     kind = OPTIMIZERS.index(case.optimizer)
     states = [
         arguments[f"state_{t}_{s}"].clone() for t in range(len(weights)) for s in range(len(STATES[kind]))
     ]
-    values, offsets = arguments["values"], arguments["offsets"]
+    values, offsets = arguments["values"].contiguous(), arguments["offsets"].contiguous()
     num_features = case.layout.num_features
     sizes = case.batch_sizes or ((offsets.shape[0] - 1) // num_features,) * num_features
     bags = [(sum(sizes[:f]), sizes[f]) for f in range(len(sizes))]
@@ -223,7 +231,7 @@ def _updated(
     factors = arguments.get("per_sample_weights")
     dtype = default_output_dtype([w.dtype for w in weights])
     if factors is not None:
-        factors = factors.to(dtype)
+        factors = factors.to(dtype).contiguous()
     argmax = None
     if case.layout.has_max:
         argmax = values.new_empty(placement.size, dtype=torch.int32)
@@ -231,14 +239,15 @@ def _updated(
         KERNELS["reference"].embedding_bag_collection_forward(
             output, argmax, weights, values, offsets, factors, placement.lookups, case.invalid
         )
+    step = torch.tensor(case.step - 1)
     hyperparameters = [-float(arguments["minus_lr"]), *case.hyperparameters.values()]
     KERNELS[
         OPERATOR.choose(OPERATOR.describe(values, offsets, weights), backend).backend
     ].embedding_bag_collection_update(
         weights,
         states,
-        torch.tensor(case.step - 1),
-        arguments["grad_output"].to(dtype),
+        step,
+        arguments["grad_output"].to(dtype).contiguous(),
         argmax,
         values,
         offsets,
@@ -250,7 +259,7 @@ def _updated(
         0x5EED,
         case.stochastic,
     )
-    return (*weights, *states)
+    return (*weights, *states, step.to(values.device, dtype))
 
 
 def _cases(*poolings: str | tuple[str, ...], **fields: Any) -> tuple[EmbeddingBagCollectionCase, ...]:
@@ -263,10 +272,14 @@ SHARED: Fields = {
     "features": ((0, 2), (1,), (2, 0))
 }  # tables of several features, features of several tables
 MIXED: Fields = {"pooling": ("mean", "sum", "max")}
+DECAYS = (None, "weight_decay", "decoupled_weight_decay")
+CLIPPINGS = (None, "max_gradient", "max_gradient_norm")
 
 QUICK = (
     EmbeddingBagCollectionCase(),
-    EmbeddingBagCollectionCase("mean", weighted=True, **SHARED, rows=(37, 6, 37), wide_ids=False),
+    EmbeddingBagCollectionCase(
+        "mean", weighted=True, **SHARED, rows=(37, 6, 37), invalid=True, tail=2, wide_ids=False
+    ),
     EmbeddingBagCollectionCase(**MIXED, **SHARED, dims=(4, 16, 33), wide_offsets=False),
     EmbeddingBagCollectionCase(("sum", "mean", "sum"), sparse=True, weighted=True, invalid=True, halves=(1,)),
     EmbeddingBagCollectionCase(("sum", "mean", "max"), batch_sizes=(3, 0, 5), ids="equal"),
@@ -333,17 +346,12 @@ CASES = tuple(
                 "sum",
                 optimizer=optimizer,
                 decay=decay,
-                clipping=clipping,
-                half_states=half,
-                stochastic=half,
+                clipping=CLIPPINGS[(i + half) % 3],
                 dims=(5, 16, 65),
+                half_states=bool(half),
+                stochastic=bool(half),
             )
-            for optimizer, decay, clipping, half in itertools.product(
-                OPTIMIZERS,
-                (None, "weight_decay", "decoupled_weight_decay"),
-                (None, "max_gradient", "max_gradient_norm"),
-                (False, True),
-            )
+            for optimizer, (i, decay), half in itertools.product(OPTIMIZERS, enumerate(DECAYS), (0, 1))
         ),
         *(_cases(optimizer=optimizer, weighted=True, halves=(0,), **SHARED) for optimizer in OPTIMIZERS),
         *(
@@ -361,7 +369,7 @@ LARGE = (
     EmbeddingBagCollectionCase(batch=200, length=20, rows=(500, 40, 3000), dims=(64, 16, 33), weighted=True),
     EmbeddingBagCollectionCase("mean", batch=200, length=20, rows=(500, 40), dims=(64, 16), sparse=True),
     EmbeddingBagCollectionCase("max", batch=200, length=20, rows=(500, 40), dims=(64, 16)),
-    EmbeddingBagCollectionCase(rows=(5,), dims=(16,), batch=64, length=400),
+    EmbeddingBagCollectionCase(rows=(5,), dims=(16,), batch=64, length=400, weighted=True),
     *(
         EmbeddingBagCollectionCase(
             optimizer=optimizer,
@@ -390,6 +398,9 @@ def _exhaustive() -> Iterable[EmbeddingBagCollectionCase]:
             yield from _cases(sparse=sparse, **given)
         for optimizer in OPTIMIZERS:
             yield from _cases("mean", optimizer=optimizer, stochastic=bool(halves), **given)
+    for optimizer, decay, clipping, half in itertools.product(OPTIMIZERS, DECAYS, CLIPPINGS, (False, True)):
+        updated = {"optimizer": optimizer, "decay": decay, "clipping": clipping, "dims": (5, 16, 65)}
+        yield from _cases("sum", **updated, half_states=half, stochastic=half)
 
 
 def _registered_call(arguments: dict[str, Any], backend: str) -> tuple[Any, tuple[Any, ...]]:
@@ -451,7 +462,7 @@ SPEC = OperatorSpec(
         EmbeddingBagCollectionCase(rows=(3,), dims=(100,), lengths=(5000,), ids="equal", batch=1),
     ),
     isolations=tuple(isolations(EmbeddingBagCollectionCase)),
-    bad_inputs=BAD_INPUTS,
+    bad_inputs=bad_inputs(EmbeddingBagCollectionCase),
     mutants=MUTANTS,
     exhaustive=_exhaustive,
 )

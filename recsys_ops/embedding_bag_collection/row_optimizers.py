@@ -19,8 +19,9 @@ in fp32 (fp64 for fp64 tables). Rows that no entry names keep weight and state, 
 (each row a layer of its own), Adagrad: Duchi et al., JMLR 2011.
 
 Weights and states in half precision are rounded to nearest, or stochastically: x + d(u) rounded to
-nearest, where d(u) = (u - 2047.5) / 4096 units in the last place of the half and u are 12 random
-bits. They are a hash of seed, step, tensor, row and column, the same on every backend:
+the nearest multiple of the unit that x has in the last place of the half (the least subnormal for 0),
+where d(u) = (u - 2047.5) / 4096 such units and u are 12 random bits. So what the half can hold stays
+as it is. The bits are a hash of seed, step, tensor, row and column, the same on every backend:
 
     key = mix(low(row) + mix(high(row) + mix(tensor + mix(step + mix(seed)))))
     u   = mix(key + column * 0x9e3779b9) >> 20
@@ -94,7 +95,7 @@ def update_rows(
         states = [m, v]
         u = (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
     u = u + decoupled * w
-    trust: Tensor | float = 1.0
+    trust: float | Tensor = 1.0
     if optimizer == LAMB:
         of_w, of_u = (x.square().sum(1, keepdim=True).sqrt() for x in (w, u))
         trust = torch.where((of_w > 0) & (of_u > 0), of_w / of_u, 1.0)
@@ -102,7 +103,7 @@ def update_rows(
     for number, (tensor, updated) in enumerate(zip(tensors, (w, *states), strict=True)):
         if rounding is not None:
             seed, table = rounding
-            updated = updated + dither(updated, tensor.dtype, seed, step, 4 * table + number, rows)
+            updated = round_stochastically(updated, tensor.dtype, seed, step, 4 * table + number, rows)
         tensor[rows] = updated.view(len(rows), *tensor.shape[1:]).to(tensor.dtype)
 
 
@@ -113,28 +114,30 @@ def _gathered(tensor: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _square(g: Tensor, rowwise: bool) -> Tensor:
-    return g.square().mean(1, keepdim=True) if rowwise else g.square()
+    return g.square().sum(1, keepdim=True) / max(1, g.shape[1]) if rowwise else g.square()
 
 
-def dither(x: Tensor, dtype: torch.dtype, seed: int, step: int, tensor: int, rows: Tensor) -> Tensor | float:
-    """What is added to x [U, D] before it is rounded to ``dtype``: 0 unless that is a half.
+def round_stochastically(
+    x: Tensor, dtype: torch.dtype, seed: int, step: int, tensor: int, rows: Tensor
+) -> Tensor:
+    """Round x [U, D] to what ``dtype`` can hold if that is a half, otherwise give it back.
 
     Example:
         >>> import torch
         >>> x = torch.full((1, 4096), 1 + 2**-9)
-        >>> rounded = x + dither(x, torch.bfloat16, 0, 1, 0, torch.tensor([0]))
-        >>> bool((rounded.bfloat16().float().mean() - x.mean()).abs() < 2**-12)
-        True
+        >>> rounded = round_stochastically(x, torch.bfloat16, 0, 1, 0, torch.tensor([0]))
+        >>> rounded.unique().tolist(), bool((rounded.mean() - x.mean()).abs() < 2**-12)
+        ([1.0, 1.0078125], True)
     """
     if dtype not in (torch.float16, torch.bfloat16):
-        return 0.0
+        return x
     info = torch.finfo(dtype)
-    exponent = torch.frexp(x.float()).exponent - 1
     smallest = info.smallest_normal * info.eps
-    ulp = torch.ldexp(torch.full_like(x, info.eps), exponent).clamp(min=smallest)
-    ulp = torch.where(x == 0, smallest, ulp)
+    exponent = torch.frexp(x).exponent - 1
+    unit = torch.ldexp(torch.full_like(x, info.eps), exponent).clamp(min=smallest)
+    unit = torch.where(x == 0, smallest, unit)
     noise = (random_bits(seed, step, tensor, rows, x.shape[1]).to(x.dtype) - 2047.5) / 4096
-    return torch.where(x.isfinite(), noise * ulp, 0.0)
+    return torch.where(x.isfinite(), (x / unit + noise).round() * unit, x)
 
 
 def random_bits(seed: int, step: int, tensor: int, rows: Tensor, columns: int) -> Tensor:

@@ -84,6 +84,10 @@ def test_costs_of_a_step_add_up() -> None:
     assert (step.flops, step.row_bytes) == (16, 8)
 
 
-def test_costs_of_different_rows_do_not_add_up() -> None:
-    with pytest.raises(ValueError, match="expected rows of one size, got 8 and 16 bytes"):
-        forward_cost(2, 4, 3, 2) + forward_cost(2, 4, 3, 4)
+def test_rows_of_two_sizes_add_up_to_their_mean() -> None:
+    small, large = forward_cost(2, 4, 3, 2), forward_cost(2, 12, 3, 6)
+    both = small + large
+    assert both.lookup_row_bytes == 4 * 8 + 12 * 24
+    assert both.row_bytes == (4 * 8 + 12 * 24) / 16
+    nothing = forward_cost(0, 0, 0, 2) + forward_cost(0, 0, 0, 6)
+    assert (nothing.lookup_row_bytes, nothing.row_bytes) == (0, 24)
