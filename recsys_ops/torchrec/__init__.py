@@ -1,0 +1,24 @@
+"""Our embedding bag collections in TorchRec: in place of its module, and under its sharding.
+
+Needs TorchRec, so ``import recsys_ops`` leaves this package alone.
+"""
+
+from recsys_ops.torchrec.collection import EmbeddingBagCollection, from_torchrec, to_torchrec
+from recsys_ops.torchrec.optimizers import optimizer_of
+from recsys_ops.torchrec.planner import sharding_planner
+from recsys_ops.torchrec.sharding import (
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+    sharders,
+)
+
+__all__ = [
+    "EmbeddingBagCollection",
+    "EmbeddingBagCollectionSharder",
+    "ShardedEmbeddingBagCollection",
+    "from_torchrec",
+    "optimizer_of",
+    "sharders",
+    "sharding_planner",
+    "to_torchrec",
+]
