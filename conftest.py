@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import zlib
 
 import pytest
 
 SHARES = 6
+
+# What needs TorchRec to be imported has examples to run only where it is.
+collect_ignore = [] if importlib.util.find_spec("torchrec") else ["recsys_ops/torchrec"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

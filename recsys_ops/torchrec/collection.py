@@ -50,7 +50,7 @@ class EmbeddingBagCollection(modules.EmbeddingBagCollection, EmbeddingBagCollect
         >>> import torch
         >>> from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
         >>> table = EmbeddingBagConfig(
-        ...     name="items", num_embeddings=10, embedding_dim=4, feature_names=["clicked"]
+        ...     name="products", num_embeddings=10, embedding_dim=4, feature_names=["clicked"]
         ... )
         >>> ebc = EmbeddingBagCollection([table])
         >>> lengths, ids = torch.tensor([2, 0, 1]), torch.tensor([1, 2, 3])
@@ -83,6 +83,11 @@ class EmbeddingBagCollection(modules.EmbeddingBagCollection, EmbeddingBagCollect
         **options: Any,
     ) -> Any:
         """As that of ``recsys_ops.nn.EmbeddingBagCollection``; also of a ``TensorDict`` of jagged tensors."""
+        if isinstance(features, torch.fx.Proxy):
+            # For whoever traces a model, the collection is one node.
+            tracer: Any = features.tracer
+            arguments = (features, offsets, per_sample_weights)
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, options)
         return super().forward(maybe_td_to_kjt(features), offsets, per_sample_weights, **options)
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
@@ -117,7 +122,8 @@ def from_torchrec(
 
     Raises:
         TypeError: ``ebc`` is something else, a sharded collection for one.
-        ValueError: the fused optimizer has no equal here, or a table to be updated is frozen.
+        ValueError: the fused optimizer has no equal here; a table to be updated is frozen; or a fused
+            collection mixes poolings so that TorchRec gives its values in another order than their names.
 
     Example:
         >>> import torch, torchrec, recsys_ops
@@ -135,6 +141,9 @@ def from_torchrec(
     fused = isinstance(ebc, FusedEmbeddingBagCollection)
     if frozen and (fused or optimizer is not None):
         raise ValueError(f"from_torchrec: a fused optimizer updates all tables, got frozen ones: {frozen}")
+    if fused and (order := _order_of_values(configs)) != [config.name for config in configs]:
+        # Its keys are in the order of tables, its values are not: whatever learnt from them would break.
+        raise ValueError(f"from_torchrec: TorchRec fuses these tables in another order, {order}")
     taken_over = optimizer is None and fused
     if taken_over:
         optimizer = optimizer_of({"optimizer": ebc.optimizer_type(), **ebc.optimizer_kwargs()})
@@ -199,6 +208,13 @@ def _parameter(table: torch.nn.Module) -> torch.nn.Parameter:
     weight = table.weight
     assert isinstance(weight, torch.nn.Parameter)
     return weight
+
+
+def _order_of_values(configs: Sequence[EmbeddingBagConfig]) -> list[str]:
+    """The tables of a ``FusedEmbeddingBagCollection`` in the order of its output: group after group."""
+    groups = list(dict.fromkeys((config.pooling, config.data_type) for config in configs))
+    ordered = sorted(configs, key=lambda config: groups.index((config.pooling, config.data_type)))
+    return [config.name for config in ordered]
 
 
 def _take_over(ours: EmbeddingBagCollection, ebc: FusedEmbeddingBagCollection) -> None:
