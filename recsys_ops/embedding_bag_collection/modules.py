@@ -207,9 +207,10 @@ class EmbeddingBagCollection(torch.nn.Module):
         """
         for table, weight in zip(self.embedding_bags.children(), weights, strict=True):
             if self.fused_optimizer is not None:
-                table.weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
-            else:
-                table.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight)
+                weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+            elif not isinstance(weight, torch.nn.Parameter):
+                weight = torch.nn.Parameter(weight)
+            table.weight = weight  # type: ignore[assignment]
         if self.fused_optimizer is not None:
             device = self.weights[0].device
             self.fused_optimizer.rebind(self.weights, lambda state: torch.zeros_like(state, device=device))

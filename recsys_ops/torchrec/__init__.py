@@ -9,6 +9,7 @@ from recsys_ops.torchrec.planner import sharding_planner
 from recsys_ops.torchrec.sharding import (
     EmbeddingBagCollectionSharder,
     ShardedEmbeddingBagCollection,
+    gather,
     sharders,
 )
 
@@ -17,6 +18,7 @@ __all__ = [
     "EmbeddingBagCollectionSharder",
     "ShardedEmbeddingBagCollection",
     "from_torchrec",
+    "gather",
     "optimizer_of",
     "sharders",
     "sharding_planner",

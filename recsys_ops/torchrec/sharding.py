@@ -31,7 +31,7 @@ from torchrec.distributed.sharding.cw_sharding import CwPooledEmbeddingSharding
 from torchrec.distributed.sharding.dp_sharding import DpPooledEmbeddingSharding
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingSharding
 from torchrec.distributed.sharding.tw_sharding import TwPooledEmbeddingSharding
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardedTensor, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import data_type_to_dtype, data_type_to_sparse_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection as TorchRecCollection
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
@@ -225,6 +225,8 @@ class _Lookup(GroupedPooledEmbeddingsLookup):
 class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
     """TorchRec's sharded collection; tables with the kernel ``"customized_kernel"`` are looked up by ours."""
 
+    module_sharding_plan: Any
+
     def __init__(self, module: EmbeddingBagCollectionInterface, *args: Any, **kwargs: Any) -> None:
         super().__init__(module, *args, **kwargs)
         # TorchRec does so for modules on a GPU alone, and forgets the weights of others.
@@ -273,7 +275,8 @@ class EmbeddingBagCollectionSharder(embeddingbag.EmbeddingBagCollectionSharder):
 
     Table-wise, column-wise (also on one host), row-wise; data-parallel tables stay TorchRec's. The backward
     updates the tables. With column-wise sharding, optimizers that reduce a row (row-wise Adagrad, LAMB,
-    ``max_gradient_norm``) reduce the columns of a shard, as with TorchRec's own kernel.
+    ``max_gradient_norm``) reduce the columns of a shard, as with TorchRec's own kernel. The random bits of
+    stochastic rounding are those of a shard: half-precision tables train alike on average, not to the bit.
 
     Args:
         fused_params: the optimizer, as in ``optimizer_of``; ``"bounds"`` (``"error"`` or ``"drop"``) and
@@ -342,6 +345,30 @@ class EmbeddingBagCollectionSharder(embeddingbag.EmbeddingBagCollectionSharder):
             module_fqn=module_fqn,
             sharded_module_order_overwrite=self._sharded_module_order_overwrite,
         )
+
+
+def gather(state_dict: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
+    """On one rank the whole tensors of a sharded model's state dict, on the others nothing.
+
+    All ranks call it, with state dicts of the same keys, those of ``DistributedModelParallel`` for one; what
+    they give loads into the model that was sharded.
+
+    Args:
+        state_dict: with ``ShardedTensor``; anything else is given back as it is.
+        rank: that gets the tensors, on the CPU.
+    """
+    result = {}
+    here = dist.get_rank() == rank
+    for name, value in state_dict.items():
+        if isinstance(value, ShardedTensor):
+            metadata = value.metadata()
+            dtype = metadata.tensor_properties.dtype
+            whole = torch.empty(metadata.size, dtype=dtype) if here else None
+            value.gather(rank, whole, dtype=dtype)
+            value = whole
+        if here:
+            result[name] = value
+    return result
 
 
 def sharders(fused_params: Mapping[str, Any] | None = None) -> list[Any]:

@@ -222,9 +222,6 @@ def test_to_dtype_keeps_the_state_in_its_own() -> None:
     assert ours.fused_optimizer.state[ours.weights[0]]["sum"].dtype == torch.float32
 
 
-# ------ From TorchRec and back
-
-
 def test_without_an_optimizer_the_parameters_are_the_same() -> None:
     theirs = torchrec.EmbeddingBagCollection(configs())
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
@@ -287,8 +284,7 @@ def test_what_does_not_go_over_is_refused() -> None:
         to_torchrec(EmbeddingBagCollection(configs()).double())
 
 
-# ------ Fused optimizers, against TorchRec's own. FBGEMM has no Adam on a CPU.
-
+# TorchRec's own; FBGEMM has no Adam on a CPU.
 FUSED = [
     (torch.optim.SGD, {"lr": 0.1}, SGD(lr=0.1)),
     (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-6}, Adagrad(lr=0.1, eps=1e-6)),
@@ -422,9 +418,6 @@ def test_an_optimizer_that_would_differ_is_refused(params: dict[str, Any], messa
         optimizer_of(params)
 
 
-# ------ Copies and checkpoints
-
-
 def pickled(ebc: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(ebc, buffer)
@@ -462,9 +455,6 @@ def test_a_copy_trains_on_to_the_bit(copied: Any, data_type: DataType, optimizer
         assert torch.equal(one, two)
         for name, state in ours.fused_optimizer.state[one].items():
             assert torch.equal(state, other.fused_optimizer.state[two][name])
-
-
-# ------ Tracing
 
 
 class Model(torch.nn.Module):
