@@ -11,7 +11,8 @@ import pytest
 SHARES = 6
 
 # What needs TorchRec to be imported has examples to run only where it is.
-collect_ignore = [] if importlib.util.find_spec("torchrec") else ["recsys_ops/torchrec"]
+_HAS_TORCHREC = all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu")))
+collect_ignore = [] if _HAS_TORCHREC else ["recsys_ops/torchrec"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

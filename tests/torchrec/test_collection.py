@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -357,6 +358,33 @@ def test_another_optimizer_starts_afresh() -> None:
     assert ours.fused_optimizer is not None
     assert ours.fused_optimizer.config == LAMB()
     assert int(ours.fused_optimizer.count) == 0
+
+
+def test_a_fused_adam_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    # FBGEMM has none on a CPU: the state is a stand-in with its names.
+    theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
+    states = {
+        f"{c.name}.weight": {f"{c.name}.weight.momentum_{n}": torch.rand(w.shape) for n in (1, 2)}
+        for c, w in zip(configs(), theirs.parameters(), strict=True)
+    }
+    monkeypatch.setattr(theirs, "_optimizer_type", torch.optim.Adam)
+    monkeypatch.setattr(theirs, "_optimizer_kwargs", {"lr": 0.1, "beta1": 0.5})
+    monkeypatch.setattr(
+        theirs, "fused_optimizer", lambda: SimpleNamespace(state_dict=lambda: {"state": states})
+    )
+    for engine in theirs._emb_modules:
+        engine._emb_module.iter.fill_(7)
+    ours = from_torchrec(theirs)
+    fused = ours.fused_optimizer
+    assert fused is not None
+    assert fused.config == Adam(lr=0.1, betas=(0.5, 0.999))
+    assert int(fused.count) == 7
+    for config, weight in zip(configs(), ours.weights, strict=True):
+        own = [fused.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
+        theirs_of_table = states[f"{config.name}.weight"].values()
+        assert [a is b for a, b in zip(own, theirs_of_table, strict=True)] == [True, True]
+    train(ours, range(1))
+    assert int(fused.count) == 8
 
 
 def test_the_learning_rate_of_the_moment_is_taken_over() -> None:

@@ -48,6 +48,7 @@ CASES = {
     ),
     # Not row-wise, whose gradients gloo gathers of batches of one size alone.
     "uneven_adam": Case(("column_wise", "table_wise", "table_wise"), Adam(lr=0.1), batches=(6, 3)),
+    "meta_adam": Case(SHARDINGS["mixed"], Adam(lr=0.1), meta=True),
     "deduplicated_table_wise": Case(SHARDINGS["table_wise"], SGD(lr=0.02), deduplicated=True),
     "deduplicated_column_wise": Case(SHARDINGS["column_wise"], SGD(lr=0.02), deduplicated=True),
     "deduplicated_row_wise": Case(SHARDINGS["row_wise"], SGD(lr=0.02), deduplicated=True),

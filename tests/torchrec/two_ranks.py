@@ -59,6 +59,7 @@ class Case:
     ours: bool = False
     batches: tuple[int, int] = (5, 5)
     deduplicated: bool = False
+    meta: bool = False
     name: str = field(default="", compare=False)
 
     @property
@@ -164,12 +165,14 @@ def names() -> list[str]:
 
 
 def unsharded(case: Case) -> Model:
+    device = torch.device("meta" if case.meta else "cpu")
     if case.ours:
-        ebc: Any = EmbeddingBagCollection(configs(case), case.is_weighted, optimizer=case.row_optimizer)
+        ebc: Any = EmbeddingBagCollection(configs(case), case.is_weighted, device, case.row_optimizer)
     else:
-        ebc = torchrec.EmbeddingBagCollection(configs(case), case.is_weighted)
-    for name, weight in initial_weights(case).items():
-        ebc.embedding_bags[name].weight.data.copy_(weight)
+        ebc = torchrec.EmbeddingBagCollection(configs(case), case.is_weighted, device)
+    if not case.meta:
+        for name, weight in initial_weights(case).items():
+            ebc.embedding_bags[name].weight.data.copy_(weight)
     return Model(ebc)
 
 
@@ -197,11 +200,23 @@ def shard(case: Case, model: Model) -> DistributedModelParallel:
         }
         of_module = construct_module_sharding_plan(model.ebc, of_tables, sharder, RANKS, RANKS, "cpu")
         plan = ShardingPlan({"ebc": of_module})
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+    sharded = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=[sharder])
+    if case.meta:
+        whole = {f"ebc.embedding_bags.{name}.weight": w for name, w in initial_weights(case).items()}
+        sharded.load_state_dict(whole)
+    return sharded
 
 
-def train(case: Case, model: torch.nn.Module, rank: int | None, steps: range) -> None:
+def set_rate(case: Case, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """As a scheduler does; ``step`` tells TorchRec's optimizers to look."""
+    for group in optimizer.param_groups:
+        group["lr"] = case.row_optimizer.lr * (1 - 0.1 * step)
+    optimizer.step()
+
+
+def train(case: Case, model: DistributedModelParallel, rank: int, steps: range) -> None:
     for step in steps:
+        set_rate(case, model.fused_optimizer, step)
         loss_of(case, model(batch(case, step, rank)), rank).backward()
 
 
@@ -233,6 +248,7 @@ def train_in_one(case: Case) -> dict[str, Tensor]:
         columns += [f"{feature}@{part.name}" if feature in shared else feature for part in parts[table]]
 
     for step in range(STEPS):
+        set_rate(case, ebc.fused_optimizer, step)
         output = ebc(batch(case, step, None))
         loss_of(case, torch.cat([output[column] for column in columns], 1), None).backward()
     return {
