@@ -12,7 +12,7 @@ SHARES = 6
 
 # What needs TorchRec to be imported has examples to run only where it is.
 _HAS_TORCHREC = all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu")))
-collect_ignore = [] if _HAS_TORCHREC else ["recsys_ops/torchrec"]
+collect_ignore = [] if _HAS_TORCHREC else ["recsys_ops/torchrec", "tests/torchrec/two_ranks.py"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
