@@ -210,7 +210,7 @@ class EmbeddingBagCollection(torch.nn.Module):
                 weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
             elif not isinstance(weight, torch.nn.Parameter):
                 weight = torch.nn.Parameter(weight)
-            table.weight = weight  # type: ignore[assignment]
+            table.weight = weight
         if self.fused_optimizer is not None:
             device = self.weights[0].device
             self.fused_optimizer.rebind(self.weights, lambda state: torch.zeros_like(state, device=device))

@@ -273,7 +273,7 @@ class ShardedEmbeddingBagCollection(embeddingbag.ShardedEmbeddingBagCollection):
 class EmbeddingBagCollectionSharder(embeddingbag.EmbeddingBagCollectionSharder):
     """For ``DistributedModelParallel``: shards a collection, and looks its shards up with our kernels.
 
-    Table-wise, column-wise (also on one host), row-wise; data-parallel tables stay TorchRec's. The backward
+    Table-wise, column-wise, row-wise; data-parallel tables stay TorchRec's. The backward
     updates the tables. With column-wise sharding, optimizers that reduce a row (row-wise Adagrad, LAMB,
     ``max_gradient_norm``) reduce the columns of a shard, as with TorchRec's own kernel. The random bits of
     stochastic rounding are those of a shard: half-precision tables train alike on average, not to the bit.

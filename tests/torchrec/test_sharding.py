@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("torchrec.distributed", reason="needs torchrec and fbgemm-gpu-cpu")
+pytest.importorskip("torchrec.distributed", reason="needs torchrec and fbgemm-gpu-cpu", exc_type=ImportError)
 
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import BoundsCheckMode
@@ -83,6 +83,14 @@ def test_a_restored_checkpoint_trains_on_to_the_bit(name: str, results: dict[str
     assert results[name]["kinds"] == {"ShardedTensor"}
     for table, weight in results[name]["weights"].items():
         assert torch.equal(results[name]["restored"][table], weight)
+
+
+def test_distributed_checkpoints(results: dict[str, Any]) -> None:
+    assert results["reload"] == {
+        "same sharding, trained on": True,
+        "other sharding": True,
+        "unsharded": True,
+    }
 
 
 def test_states_have_torchrecs_names_and_shapes(results: dict[str, Any]) -> None:

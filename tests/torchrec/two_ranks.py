@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torchrec
 from torch import Tensor
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
@@ -28,7 +29,7 @@ from torchrec.distributed.sharding_plan import (
 from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
-from recsys_ops.optim import RowOptimizer, RowWiseAdagrad
+from recsys_ops.optim import Adam, RowOptimizer, RowWiseAdagrad
 from recsys_ops.torchrec import (
     EmbeddingBagCollection,
     EmbeddingBagCollectionSharder,
@@ -287,6 +288,40 @@ def train_in_two(case: Case, rank: int, folder: Path) -> dict[str, Any]:
     return {"weights": weights, "restored": again, "state": state, "kinds": kinds}
 
 
+def reload(case: Case, rank: int, folder: Path) -> dict[str, Any]:
+    """Whether what torch.distributed.checkpoint saves loads into the same and other shardings."""
+    model = shard(case, unsharded(case))
+    train(case, model, rank, range(2))
+    saved = {"model": model.state_dict(), "optimizer": model.fused_optimizer.state_dict()}
+    dcp.save(saved, checkpoint_id=folder / "dcp")
+    trained = gather(model.state_dict())
+    train(case, model, rank, range(2, STEPS))
+
+    same = shard(case, unsharded(case))
+    state = {"model": same.state_dict(), "optimizer": same.fused_optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    same.load_state_dict(state["model"])
+    same.fused_optimizer.load_state_dict(state["optimizer"])
+    train(case, same, rank, range(2, STEPS))
+
+    other = shard(dataclasses.replace(case, sharding=case.sharding[1:] + case.sharding[:1]), unsharded(case))
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=folder / "dcp")
+    other.load_state_dict(state["model"])
+
+    plain = {"model": unsharded(case).state_dict()}
+    dcp.load(plain, checkpoint_id=folder / "dcp")
+    pairs = {
+        "same sharding, trained on": (gather(same.state_dict()), gather(model.state_dict())),
+        "other sharding": (gather(other.state_dict()), trained),
+        "unsharded": (plain["model"], trained),
+    }
+    return {
+        name: bool(there) and all(torch.equal(here[key], there[key]) for key in there)
+        for name, (here, there) in pairs.items()
+    }
+
+
 def work(rank: int, cases: dict[str, Case], folder: Path) -> None:
     """One of two processes; leaves the results of all cases in ``results.pt``."""
     warnings.simplefilter("ignore", FutureWarning)
@@ -302,6 +337,7 @@ def work(rank: int, cases: dict[str, Case], folder: Path) -> None:
     results = {
         name: train_in_two(dataclasses.replace(c, name=name), rank, folder) for name, c in cases.items()
     }
+    results["reload"] = reload(Case(("row_wise", "column_wise", "table_wise"), Adam(lr=0.1)), rank, folder)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()
