@@ -10,9 +10,9 @@ import pytest
 
 SHARES = 6
 
-# What needs TorchRec to be imported has examples to run only where it is.
-_HAS_TORCHREC = all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu")))
-collect_ignore = [] if _HAS_TORCHREC else ["recsys_ops/torchrec", "tests/torchrec/two_ranks.py"]
+# What needs TorchRec to be imported, where it is not: tests of it skip themselves.
+_OF_TORCHREC = ["recsys_ops/torchrec", "tests/torchrec/same_batches.py", "tests/torchrec/two_ranks.py"]
+collect_ignore = [] if all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu"))) else _OF_TORCHREC
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -121,7 +121,7 @@ def from_torchrec(
         options: as in ``EmbeddingBagCollection``.
 
     Raises:
-        TypeError: ``ebc`` is something else, a sharded collection for one.
+        TypeError: ``ebc`` is something else, a subclass or a sharded collection for two.
         ValueError: the fused optimizer has no equal here; a table to be updated is frozen; or a fused
             collection mixes poolings so that TorchRec gives its values in another order than their names.
 
@@ -133,7 +133,8 @@ def from_torchrec(
         >>> ours.weights[0].data_ptr() == theirs.embedding_bags["t"].weight.data_ptr()
         True
     """
-    if not isinstance(ebc, (TorchRecCollection, FusedEmbeddingBagCollection)):
+    # A subclass may compute something else.
+    if type(ebc) not in (TorchRecCollection, FusedEmbeddingBagCollection):
         raise TypeError(f"from_torchrec: expected an unsharded collection of TorchRec, got {type(ebc)}")
     configs = ebc.embedding_bag_configs()
     weights = [_parameter(ebc.embedding_bags[config.name]) for config in configs]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,81 +14,16 @@ from torch import Tensor
 # With this folder's parent on the path `torchrec` alone is found, if need be as this folder.
 pytest.importorskip("torchrec.modules", reason="needs torchrec and fbgemm-gpu-cpu", exc_type=ImportError)
 
-import torchrec.optim
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
-from fbgemm_gpu.split_table_batched_embeddings_ops_training import WeightDecayMode
+import torchrec
+from same_batches import BATCH, KEYS, assert_same, batch, both, configs, train
 from tensordict import TensorDict
 from torchrec import EmbeddingBagConfig, JaggedTensor, KeyedJaggedTensor
 from torchrec.fx import symbolic_trace
 from torchrec.modules.embedding_configs import DataType, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
-from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
 
-import recsys_ops
-from recsys_ops.optim import LAMB, SGD, Adagrad, Adam, PartialRowWiseAdam, RowOptimizer, RowWiseAdagrad
-from recsys_ops.torchrec import EmbeddingBagCollection, from_torchrec, optimizer_of, to_torchrec
-
-KEYS = ("viewed", "bought", "query")
-BATCH = 5
-
-
-def configs(**changes: Any) -> list[EmbeddingBagConfig]:
-    """Three tables; two share a feature, and one has two."""
-    tables = (
-        ("products", 13, 8, ["viewed", "bought"], PoolingType.SUM),
-        ("words", 29, 4, ["query"], PoolingType.MEAN),
-        ("brands", 13, 4, ["viewed"], PoolingType.SUM),
-    )
-    return [
-        EmbeddingBagConfig(
-            **{
-                "name": name,
-                "num_embeddings": rows,
-                "embedding_dim": dim,
-                "feature_names": features,
-                "pooling": pooling,
-                **changes,
-            }
-        )
-        for name, rows, dim, features, pooling in tables
-    ]
-
-
-def batch(seed: int = 0, keys: tuple[str, ...] = KEYS, weighted: bool = False) -> KeyedJaggedTensor:
-    """Bags of 0 to 3 ids that every table has."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 4, (len(keys) * BATCH,), generator=generator)
-    total = int(lengths.sum())
-    ids = torch.randint(0, 13, (total,), generator=generator)
-    weights = torch.rand(total, generator=generator) if weighted else None
-    return KeyedJaggedTensor(list(keys), ids, weights, lengths)
-
-
-def both(is_weighted: bool = False, **changes: Any) -> tuple[EmbeddingBagCollection, Any]:
-    """Ours and TorchRec's, of equal weights."""
-    torch.manual_seed(0)
-    ours = EmbeddingBagCollection(configs(**changes), is_weighted)
-    theirs = torchrec.EmbeddingBagCollection(configs(**changes), is_weighted)
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    assert ours.keys() == theirs.keys()
-    assert ours.length_per_key() == theirs.length_per_key()
-    torch.testing.assert_close(ours.values(), theirs.values())
-
-
-def loss_of(output: Any) -> Tensor:
-    """Depends on every element, not linearly."""
-    values = output.values()
-    scale = torch.linspace(0.5, 1.5, values.numel()).view_as(values)
-    return ((values - 0.3) * scale).square().sum()
-
-
-def train(ebc: Any, steps: range) -> None:
-    for step in steps:
-        loss_of(ebc(batch(step))).backward()
+from recsys_ops.optim import SGD, Adagrad, Adam, RowOptimizer, RowWiseAdagrad
+from recsys_ops.torchrec import EmbeddingBagCollection
 
 
 def test_interface() -> None:
@@ -222,229 +156,6 @@ def test_to_dtype_keeps_the_state_in_its_own() -> None:
     assert ours.fused_optimizer.state[ours.weights[0]]["sum"].dtype == torch.float32
 
 
-def test_without_an_optimizer_the_parameters_are_the_same() -> None:
-    theirs = torchrec.EmbeddingBagCollection(configs())
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
-    ours = from_torchrec(theirs)
-    assert [p is q for p, q in zip(ours.parameters(), theirs.parameters(), strict=True)] == [True] * 3
-    expected = copy.deepcopy(theirs)
-    loss_of(expected(batch())).backward()
-    gradients = [p.grad for p in expected.parameters()]
-    train(ours, range(1))
-    torch.testing.assert_close([p.grad for p in theirs.parameters()], gradients)
-    optimizer.step()
-    assert torch.equal(theirs(batch()).values(), torchrec_output(ours))
-
-
-def torchrec_output(ours: EmbeddingBagCollection) -> Tensor:
-    """What TorchRec computes with our weights."""
-    return to_torchrec(ours)(batch()).values()
-
-
-@pytest.mark.parametrize("optimizer", [None, SGD(lr=0.1)])
-@pytest.mark.parametrize("data_type", [DataType.FP32, DataType.FP16])
-def test_memory_is_shared_both_ways(optimizer: RowOptimizer | None, data_type: DataType) -> None:
-    theirs = torchrec.EmbeddingBagCollection(configs(data_type=data_type), is_weighted=True).eval()
-    ours = from_torchrec(theirs, optimizer)
-    back = to_torchrec(ours)
-    for name in ("products", "words", "brands"):
-        weights = [ebc.embedding_bags[name].weight for ebc in (theirs, ours, back)]
-        assert len({w.data_ptr() for w in weights}) == 1
-        assert len({w.dtype for w in weights}) == 1
-    assert back.embedding_bag_configs() == theirs.embedding_bag_configs()
-    assert ours.is_weighted()
-    assert back.is_weighted()
-    assert not ours.training
-    assert back.device == torch.device("cpu")
-
-
-def test_a_plain_collection_of_torchrec_gets_bf16_tables() -> None:
-    ours = EmbeddingBagCollection(configs(data_type=DataType.BF16))
-    back = to_torchrec(ours)
-    assert back.embedding_bags["products"].weight.dtype == torch.bfloat16
-    # PyTorch rounds what it pools to the dtype of the table, ours is fp32.
-    torch.testing.assert_close(back(batch()).values(), ours(batch()).values(), rtol=2**-7, atol=2**-7)
-
-
-def test_a_collection_that_torchrec_made_fp16_stays_fp16() -> None:
-    ours = from_torchrec(torchrec.EmbeddingBagCollection(configs(data_type=DataType.BF16)))
-    assert ours.weights[0].dtype == torch.float16
-    assert ours.embedding_bag_configs()[0].data_type == DataType.FP16
-
-
-def test_what_does_not_go_over_is_refused() -> None:
-    with pytest.raises(TypeError, match="unsharded"):
-        from_torchrec(torch.nn.EmbeddingBag(3, 4))  # type: ignore[arg-type]
-    frozen = torchrec.EmbeddingBagCollection(configs())
-    frozen.embedding_bags["words"].weight.requires_grad_(False)
-    with pytest.raises(ValueError, match=r"frozen ones: \['words'\]"):
-        from_torchrec(frozen, SGD())
-    assert not from_torchrec(frozen).weights[1].requires_grad
-    with pytest.raises(ValueError, match="float64"):
-        to_torchrec(EmbeddingBagCollection(configs()).double())
-
-
-# TorchRec's own; FBGEMM has no Adam on a CPU.
-FUSED = [
-    (torch.optim.SGD, {"lr": 0.1}, SGD(lr=0.1)),
-    (torch.optim.Adagrad, {"lr": 0.1, "eps": 1e-6}, Adagrad(lr=0.1, eps=1e-6)),
-    (torchrec.optim.RowWiseAdagrad, {"lr": 0.1}, RowWiseAdagrad(lr=0.1)),
-]
-fused_optimizers = pytest.mark.parametrize(
-    ("kind", "arguments", "optimizer"), FUSED, ids=[type(o).__name__ for _, _, o in FUSED]
-)
-
-
-def fused_pair(
-    kind: type[torch.optim.Optimizer], arguments: dict[str, Any], pooling: PoolingType = PoolingType.SUM
-) -> list[Any]:
-    """Two equal collections of TorchRec, of one pooling: else their values are in another order than keys."""
-    pair = [FusedEmbeddingBagCollection(configs(pooling=pooling), kind, arguments) for _ in range(2)]
-    with torch.no_grad():
-        for one, other in zip(*(ebc.parameters() for ebc in pair), strict=True):
-            other.copy_(one)
-    return pair
-
-
-def weights_of(ebc: Any) -> dict[str, Tensor]:
-    return {name: weight.detach() for name, weight in ebc.state_dict().items()}
-
-
-@fused_optimizers
-@pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN])
-def test_a_fused_collection_is_taken_over_amid_training(
-    kind: type[torch.optim.Optimizer],
-    arguments: dict[str, Any],
-    optimizer: RowOptimizer,
-    pooling: PoolingType,
-) -> None:
-    theirs, twin = fused_pair(kind, arguments, pooling)
-    train(theirs, range(3))
-    train(twin, range(6))
-    ours = from_torchrec(theirs)
-    fused = ours.fused_optimizer
-    assert fused is not None
-    assert fused.config == optimizer
-    shared = [
-        theirs.embedding_bags[c.name].weight.data_ptr() == w.data_ptr()
-        for c, w in zip(configs(), ours.weights, strict=True)
-    ]
-    assert shared == [True] * 3
-    train(ours, range(3, 6))
-    # Both sum a bag in fp32 and in their own order; so do sums of gradients. Weights are about 1.
-    torch.testing.assert_close(weights_of(ours), weights_of(twin), rtol=1e-5, atol=1e-6)
-    state = twin.fused_optimizer().state_dict()["state"]
-    for config, weight in zip(configs(), ours.weights, strict=True):
-        expected = list(state.get(f"{config.name}.weight", {}).values())
-        own = [value for name, value in fused.state[weight].items() if name != "step"]
-        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_a_fused_collection_whose_values_are_not_in_the_order_of_its_keys_is_refused() -> None:
-    theirs = FusedEmbeddingBagCollection(configs(), torch.optim.SGD, {"lr": 0.1})
-    exact = torchrec.EmbeddingBagCollection(configs())
-    exact.load_state_dict(theirs.state_dict())
-    assert theirs(batch()).keys() == exact(batch()).keys()
-    assert not torch.allclose(theirs(batch()).values(), exact(batch()).values())
-    with pytest.raises(ValueError, match="another order"):
-        from_torchrec(theirs)
-
-
-def test_another_optimizer_starts_afresh() -> None:
-    theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
-    train(theirs, range(2))
-    ours = from_torchrec(theirs, LAMB())
-    assert ours.fused_optimizer is not None
-    assert ours.fused_optimizer.config == LAMB()
-    assert int(ours.fused_optimizer.count) == 0
-
-
-def test_a_fused_adam_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    # FBGEMM has none on a CPU: the state is a stand-in with its names.
-    theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
-    states = {
-        f"{c.name}.weight": {f"{c.name}.weight.momentum_{n}": torch.rand(w.shape) for n in (1, 2)}
-        for c, w in zip(configs(), theirs.parameters(), strict=True)
-    }
-    monkeypatch.setattr(theirs, "_optimizer_type", torch.optim.Adam)
-    monkeypatch.setattr(theirs, "_optimizer_kwargs", {"lr": 0.1, "beta1": 0.5})
-    monkeypatch.setattr(
-        theirs, "fused_optimizer", lambda: SimpleNamespace(state_dict=lambda: {"state": states})
-    )
-    for engine in theirs._emb_modules:
-        engine._emb_module.iter.fill_(7)
-    ours = from_torchrec(theirs)
-    fused = ours.fused_optimizer
-    assert fused is not None
-    assert fused.config == Adam(lr=0.1, betas=(0.5, 0.999))
-    assert int(fused.count) == 7
-    for config, weight in zip(configs(), ours.weights, strict=True):
-        own = [fused.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
-        theirs_of_table = states[f"{config.name}.weight"].values()
-        assert [a is b for a, b in zip(own, theirs_of_table, strict=True)] == [True, True]
-    train(ours, range(1))
-    assert int(fused.count) == 8
-
-
-def test_the_learning_rate_of_the_moment_is_taken_over() -> None:
-    theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
-    for group in theirs.fused_optimizer().param_groups:
-        group["lr"] = 0.025
-    theirs.fused_optimizer().step()
-    ours = from_torchrec(theirs)
-    assert ours.fused_optimizer is not None
-    assert ours.fused_optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
-
-
-@pytest.mark.parametrize(
-    ("params", "expected"),
-    [
-        ({}, SGD(lr=0.01)),
-        ({"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": 0.5}, SGD(lr=0.5)),
-        ({"optimizer": torchrec.optim.RowWiseAdagrad, "lr": 0.5}, RowWiseAdagrad(lr=0.5)),
-        (
-            {
-                "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-                "weight_decay": 0.1,
-                "weight_decay_mode": WeightDecayMode.L2,
-                "gradient_clipping": True,
-                "max_gradient": 2.0,
-                "stochastic_rounding": False,
-                "cache_load_factor": 0.3,
-            },
-            RowWiseAdagrad(lr=0.01, weight_decay=0.1, max_gradient=2.0, stochastic_rounding=False),
-        ),
-        (
-            {"optimizer": EmbOptimType.ADAM, "betas": (0.5, 0.6), "weight_decay": 0.1},
-            Adam(lr=0.01, betas=(0.5, 0.6), weight_decay=0.1, weight_decay_mode="decoupled"),
-        ),
-        (
-            {"optimizer": EmbOptimType.PARTIAL_ROWWISE_ADAM, "eps": 1e-3},
-            PartialRowWiseAdam(lr=0.01, eps=1e-3),
-        ),
-        ({"optimizer": Adam(lr=0.5), "output_dtype": None}, Adam(lr=0.5)),
-    ],
-)
-def test_names_of_optimizers(params: dict[str, Any], expected: RowOptimizer) -> None:
-    assert optimizer_of(params) == expected
-
-
-@pytest.mark.parametrize(
-    ("params", "message"),
-    [
-        ({"optimizer": EmbOptimType.LARS_SGD}, "got 'lars_sgd'"),
-        ({"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1}, "FBGEMM ignores weight_decay"),
-        ({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}, "mode NONE"),
-        ({"optimizer": EmbOptimType.ADAM, "max_norm": 1.0, "momentm": 0.1}, "knows no max_norm, momentm"),
-        ({"optimizer": Adam(), "eps": 0.1}, "nothing beside"),
-        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
-    ],
-)
-def test_an_optimizer_that_would_differ_is_refused(params: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        optimizer_of(params)
-
-
 def pickled(ebc: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(ebc, buffer)
@@ -532,7 +243,3 @@ def test_torch_compile() -> None:
     torch.testing.assert_close(output, model(*inputs))
     output.sum().backward()
     assert all(w.grad is not None for w in model.ebc.weights)
-
-
-def test_recsys_ops_does_not_import_torchrec_itself() -> None:
-    assert not hasattr(recsys_ops, "EmbeddingBagCollection")
