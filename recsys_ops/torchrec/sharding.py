@@ -330,7 +330,7 @@ class EmbeddingBagCollectionSharder(embeddingbag.EmbeddingBagCollectionSharder):
         device: torch.device | None = None,
         module_fqn: str | None = None,
     ) -> ShardedEmbeddingBagCollection:
-        """Shard a collection by a plan. Of ours its optimizer is taken unless there is another."""
+        """Shard a collection by a plan. Of ours its optimizer is taken unless there is another, afresh."""
         fused_params = dict(self.fused_params or {})
         fused = getattr(module, "fused_optimizer", None)
         if fused is not None and "optimizer" not in fused_params:
