@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import zlib
 
 import pytest
 
 SHARES = 6
+
+# What needs TorchRec to be imported, where it is not: tests of it skip themselves.
+_OF_TORCHREC = ["recsys_ops/torchrec", "tests/torchrec/same_batches.py", "tests/torchrec/two_ranks.py"]
+collect_ignore = [] if all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu"))) else _OF_TORCHREC
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -201,6 +201,21 @@ class EmbeddingBagCollection(torch.nn.Module):
         if self.fused_optimizer is not None:
             self.fused_optimizer.reset_state()
 
+    def adopt(self, weights: Sequence[Tensor]) -> None:
+        """Take tensors as the tables, without copying them; the optimizer's state is zeros.
+
+        Without an optimizer, parameters stay the parameters they are.
+        """
+        for table, weight in zip(self.embedding_bags.children(), weights, strict=True):
+            if self.fused_optimizer is not None:
+                weight = torch.nn.Parameter(weight.detach(), requires_grad=False)
+            elif not isinstance(weight, torch.nn.Parameter):
+                weight = torch.nn.Parameter(weight)
+            table.weight = weight
+        if self.fused_optimizer is not None:
+            device = self.weights[0].device
+            self.fused_optimizer.rebind(self.weights, lambda state: torch.zeros_like(state, device=device))
+
     def forward(
         self,
         features: Any,

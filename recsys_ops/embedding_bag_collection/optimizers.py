@@ -215,6 +215,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().__init__(list(weights), config.defaults)
         self.reset_state()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.optim.Optimizer copies and pickles nothing but its own attributes.
+        return {**super().__getstate__(), "config": self.config, "count": self.count}
+
     def reset_state(self) -> None:
         """Zero all state and the count of updates."""
         self.count.zero_()
