@@ -85,13 +85,10 @@ bool write_runs_of(
 template <class T, Terms TERMS>
 void sum_runs_of(
     const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t prefetch_end,
-    const Ahead* ahead, int count, Accumulate<T>* sums) {
+    Accumulate<T>* sums) {
   using A = Accumulate<T>;
   for (int64_t run = first; run < last; ++run, sums += gradient.dim) {
     const int64_t begin = entries.runs[run], end = entries.runs[run + 1];
-    for (int i = 0; i < count; ++i) {
-      prefetch(ahead[i].base + entries.row(begin) * ahead[i].stride, ahead[i].bytes);
-    }
     if (end - begin <= longest_run) {
       for_each_block<full_lanes<A>, 8>(
           gradient.dim, SumBlock<T, TERMS, A>{gradient, entries, begin, end, prefetch_end, A{1}, sums});
@@ -127,14 +124,14 @@ bool write_runs(
 template <class T>
 void sum_runs(
     const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t prefetch_end,
-    const Ahead* ahead, int count, Accumulate<T>* sums) {
+    Accumulate<T>* sums) {
   switch (terms_of(gradient, entries)) {
     case Terms::where:
-      return sum_runs_of<T, Terms::where>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+      return sum_runs_of<T, Terms::where>(gradient, entries, first, last, prefetch_end, sums);
     case Terms::weighted:
-      return sum_runs_of<T, Terms::weighted>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+      return sum_runs_of<T, Terms::weighted>(gradient, entries, first, last, prefetch_end, sums);
     default:
-      return sum_runs_of<T, Terms::plain>(gradient, entries, first, last, prefetch_end, ahead, count, sums);
+      return sum_runs_of<T, Terms::plain>(gradient, entries, first, last, prefetch_end, sums);
   }
 }
 

@@ -8,12 +8,6 @@ namespace recsys_ops::embedding_bag {
 
 constexpr int64_t longest_run = 4096;  // entries; longer ones are summed in pieces of this size
 
-// Memory that is about to be used: so many bytes at base + row * stride.
-struct Ahead {
-  const char* base;
-  int64_t stride, bytes;
-};
-
 template <class T>
 struct GradientPooling {
   // The gradients of the runs [first, last) to out + run * dim and their rows to rows[run], or,
@@ -21,11 +15,11 @@ struct GradientPooling {
   bool (*write)(
       const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t* rows, T* out);
 
-  // The sums of the runs [first, last), of the longer ones nothing, to sums [last - first, D], while
-  // what will be used of their rows is fetched; entries from prefetch_end on are left to others.
+  // The sums of the runs [first, last), of longer ones nothing, to sums [last - first, D]; entries from
+  // prefetch_end on are left to others.
   void (*sum_runs)(
       const Gradient& gradient, const SortedEntries& entries, int64_t first, int64_t last, int64_t prefetch_end,
-      const Ahead* ahead, int count, Accumulate<T>* sums);
+      Accumulate<T>* sums);
 
   // The sum of the entries [first, last) to sum [D].
   void (*sum)(

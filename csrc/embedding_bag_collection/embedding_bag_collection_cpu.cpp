@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "../common/parallel.h"
+#include "../common/simd.h"
 #include "../embedding_bag/bag_pooling.h"
 #include "../embedding_bag/bag_tasks.h"
 #include "../embedding_bag/gradient_pooling.h"
@@ -18,7 +19,6 @@
 namespace recsys_ops::embedding_bag_collection {
 namespace {
 
-using embedding_bag::Ahead;
 using embedding_bag::BagSource;
 using embedding_bag::Buffer;
 using embedding_bag::Gradient;
@@ -291,13 +291,21 @@ void for_sorted_tables(
   }
 }
 
-constexpr int64_t most_in_batch = 64, batch_elements = 4096;
+// Sums of rows that are formed before the rows are touched; and bytes of rows on their way while one
+// is worked on, a few at a time: more at once hold each other up.
+constexpr int64_t most_in_batch = 64, batch_elements = 4096, bytes_on_their_way = 2048;
+
+// What is read and written of a row: so many bytes at base + row * stride.
+struct Place {
+  const char* base;
+  int64_t stride, bytes;
+};
 
 // Calls f(run, row, sum [D]) for each touched row. Long runs are summed in pieces of fixed size, so
 // that all threads help and the result does not depend on how many there are.
 template <class T, class F>
 void sum_rows(
-    const Gradient& gradient, const SortedBags& sorted, int64_t tasks, const std::vector<Ahead>& ahead, const F& f) {
+    const Gradient& gradient, const SortedBags& sorted, int64_t tasks, const std::vector<Place>& places, const F& f) {
   using A = Accumulate<T>;
   using embedding_bag::longest_run;
   const GradientPooling<T>& pooling = embedding_bag::gradient_pooling<T>();
@@ -305,6 +313,11 @@ void sum_rows(
   const int64_t* const runs = entries.runs;
   const int64_t dim = gradient.dim, live = sorted.live(), touched = sorted.touched();
   const int64_t batch = std::clamp<int64_t>(batch_elements / std::max<int64_t>(dim, 1), 8, most_in_batch);
+  int64_t bytes = 1;
+  for (const Place& place : places) {
+    bytes += place.bytes;
+  }
+  const int64_t ahead = std::clamp<int64_t>(bytes_on_their_way / bytes, 2, 16);
   tasks = std::min(tasks, task_count(live * dim));
   const auto first_run = [&](int64_t task) {
     return task == tasks ? touched : std::lower_bound(runs, runs + touched, live * task / tasks) - runs;
@@ -315,8 +328,12 @@ void sum_rows(
     const int64_t last = first_run(task + 1);
     for (int64_t first = first_run(task); first < last; first += batch) {
       const int64_t end = std::min(first + batch, last);
-      pooling.sum_runs(gradient, entries, first, end, runs[last], ahead.data(), static_cast<int>(ahead.size()), sums);
+      pooling.sum_runs(gradient, entries, first, end, runs[last], sums);
       for (int64_t run = first; run < end; ++run) {
+        const int64_t later = entries.row(runs[run + ahead < last ? run + ahead : run]);
+        for (const Place& place : places) {
+          recsys_ops::scalar::prefetch(place.base + later * place.stride, place.bytes);
+        }
         if (runs[run + 1] - runs[run] <= longest_run) {
           f(run, entries.row(runs[run]), sums + (run - first) * dim);
         } else {
@@ -481,18 +498,18 @@ void update(
         const Table& table = tables[t];
         const TrainedTable& own = trained[t];
         const int64_t element = bytes_of(table.dtype), in_state = bytes_of(own.state_dtype);
-        std::vector<Ahead> ahead = {
+        std::vector<Place> places = {
             {static_cast<const char*>(own.weight), own.row_stride * element, table.dim * element}};
         for (int s = 0; s < state_count(step.optimizer); ++s) {
           const int64_t width = (is_rowwise(step.optimizer, s) ? 1 : table.dim) * in_state;
-          ahead.push_back({static_cast<const char*>(own.states[s]), width, width});
+          places.push_back({static_cast<const char*>(own.states[s]), width, width});
         }
         const Gradient gradient = gradient_of(dtype, grad_output, table, mode, argmax);
         dispatch_both(dtype, table.dtype, [&](auto* type, auto* w) {
           using W = std::remove_pointer_t<decltype(w)>;
           const RowUpdate<W>& rows = row_update<W>();
           sum_rows<std::remove_pointer_t<decltype(type)>>(
-              gradient, sorted, tasks, ahead, [&](int64_t, int64_t row, Accumulate<W>* sum) {
+              gradient, sorted, tasks, places, [&](int64_t, int64_t row, Accumulate<W>* sum) {
                 rows.update(step, own, row, sum);
               });
         });
