@@ -104,65 +104,26 @@ class _Table(torch.nn.Module):
         return f"{c.num_embeddings}, {c.embedding_dim}, {c.pooling}, {dtype}, features={list(c.features)}"
 
 
-class EmbeddingBagCollection(torch.nn.Module):
-    """Embedding bags of many tables in one call, with the optimizer fused into the backward if one is given.
+class PooledCollection(torch.nn.Module):
+    """What collections have in common: how input becomes lookups, and those become output.
 
-    Takes plain tensors, or a TorchRec ``KeyedJaggedTensor`` with its features in any order, among others.
-    Names and order of outputs and the keys of the state dict are TorchRec's: table after table, in each
-    its features in order; a feature of several tables is called ``feature@table``; weights are
-    ``embedding_bags.<table>.weight``.
-
-    Args:
-        tables: the tables.
-        optimizer: one of ``recsys_ops.optim``: the backward then updates the tables, which get no
-            gradients. None: they get dense gradients, or sparse and coalesced ones.
-        device: of the tables.
-        is_weighted: whether the weights of a ``KeyedJaggedTensor`` are used, as in TorchRec.
-        sparse: see ``optimizer``.
-        output_dtype: by default fp32, with fp64 tables fp64.
-        bounds: what an id outside its table does: ``"error"`` raises, ``"drop"`` contributes nothing and
-            trains nothing. Ids are never changed.
-        backend: a backend's name, or None to choose.
-
-    Attributes:
-        features: in the order of plain input: as the tables first name them.
-        embedding_names: of the pooled outputs, in order.
-        fused_optimizer: the ``recsys_ops.optim.FusedOptimizer``, or None.
-
-    Example:
-        >>> import torch, recsys_ops
-        >>> tables = [
-        ...     recsys_ops.nn.TableConfig("user", 10, 4),
-        ...     recsys_ops.nn.TableConfig("item", 20, 8, features=["clicked", "bought"], pooling="mean"),
-        ... ]
-        >>> ebc = recsys_ops.nn.EmbeddingBagCollection(tables, recsys_ops.optim.RowWiseAdagrad(lr=0.1))
-        >>> values, offsets = torch.tensor([3, 7, 11, 12, 1, 19]), torch.tensor([0, 1, 2, 4, 4, 5, 6])
-        >>> output = ebc(values, offsets)  # features user, clicked, bought, two samples each
-        >>> output.shape
-        torch.Size([2, 20])
-        >>> output.sum().backward()  # updates both tables
+    Subclasses hold the tables and implement ``weights`` and ``lookup``.
     """
+
+    sparse = False
 
     def __init__(
         self,
         tables: Sequence[TableConfig],
-        optimizer: RowOptimizer | None = None,
-        device: torch.device | str | None = None,
-        *,
-        is_weighted: bool = False,
-        sparse: bool = False,
-        output_dtype: torch.dtype | None = None,
-        bounds: str = "error",
-        backend: str | None = None,
+        is_weighted: bool,
+        output_dtype: torch.dtype,
+        bounds: str,
+        backend: str | None,
     ) -> None:
         super().__init__()
         names = [table.name for table in tables]
         if len(names) == 0 or len(set(names)) != len(names):
             raise ValueError(f"{_OP}: expected tables of different names, got {names}")
-        if optimizer is not None and sparse:
-            raise ValueError(
-                f"{_OP}: expected sparse=False with an optimizer, which leaves no gradients, got True"
-            )
         self.tables = tuple(tables)
         self.features = tuple(dict.fromkeys(f for table in tables for f in table.features))
         self.layout = Layout(
@@ -170,35 +131,31 @@ class EmbeddingBagCollection(torch.nn.Module):
             tuple(table.pooling for table in tables),
             tuple(table.embedding_dim for table in tables),
         )
-        dtypes = [table.dtype for table in tables]
-        self.output_dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
-        check_options(self.layout, bounds, sparse, is_weighted)
+        self.output_dtype = output_dtype
         self.is_weighted_input = is_weighted
-        self.sparse, self.bounds, self.backend = sparse, bounds, backend
-        self.embedding_bags = torch.nn.ModuleDict(
-            {table.name: _Table(table, device, trained=optimizer is None) for table in tables}
-        )
-        self.fused_optimizer = FusedOptimizer(optimizer, self.weights) if optimizer is not None else None
+        self.bounds, self.backend = bounds, backend
         self._placements: dict[Any, Placement] = {}
-        self.reset_parameters()
 
     @property
-    def weights(self) -> list[torch.nn.Parameter]:
-        """The tables' weights, in order."""
-        return [table.weight for table in self.embedding_bags.children()]  # type: ignore[misc]
+    def weights(self) -> list[Tensor]:
+        """What the tables hold, in order."""
+        raise NotImplementedError
+
+    def lookup(
+        self,
+        values: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        placement: Placement,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The cells of a placement, [placement.size]."""
+        raise NotImplementedError
 
     @property
     def embedding_names(self) -> list[str]:
         """Of the pooled lookups, in the order of their columns."""
         return [name for name, table in self._lookups() if table.pooling != "none"]
-
-    def reset_parameters(self) -> None:
-        """Initialise weights, and zero the optimizer's state."""
-        for config, weight in zip(self.tables, self.weights, strict=True):
-            if not weight.is_meta:
-                config.initialize(weight)
-        if self.fused_optimizer is not None:
-            self.fused_optimizer.reset_state()
 
     def forward(
         self,
@@ -250,6 +207,107 @@ class EmbeddingBagCollection(torch.nn.Module):
             pooled = self.side_by_side(result, placement)
         return (pooled, sequences) if sequences else pooled
 
+    def side_by_side(self, result: Tensor, placement: Placement) -> Tensor:
+        """The pooled columns of a result, [B, pooled_dim]."""
+        rows = next(
+            (
+                b.rows
+                for b, (_, t) in zip(placement.blocks, self._lookups(), strict=True)
+                if t.pooling != "none"
+            ),
+            0,
+        )
+        return result[: rows * self.layout.pooled_dim].view(rows, self.layout.pooled_dim)
+
+    def _lookups(self) -> list[tuple[str, TableConfig]]:
+        """The name of each lookup and its table."""
+        shared = Counter(f for table in self.tables for f in table.features)
+        return [
+            (f"{f}@{table.name}" if shared[f] > 1 else f, table)
+            for table in self.tables
+            for f in table.features
+        ]
+
+
+class EmbeddingBagCollection(PooledCollection):
+    """Embedding bags of many tables in one call, with the optimizer fused into the backward if one is given.
+
+    Takes plain tensors, or a TorchRec ``KeyedJaggedTensor`` with its features in any order, among others.
+    Names and order of outputs and the keys of the state dict are TorchRec's: table after table, in each
+    its features in order; a feature of several tables is called ``feature@table``; weights are
+    ``embedding_bags.<table>.weight``.
+
+    Args:
+        tables: the tables.
+        optimizer: one of ``recsys_ops.optim``: the backward then updates the tables, which get no
+            gradients. None: they get dense gradients, or sparse and coalesced ones.
+        device: of the tables.
+        is_weighted: whether the weights of a ``KeyedJaggedTensor`` are used, as in TorchRec.
+        sparse: see ``optimizer``.
+        output_dtype: by default fp32, with fp64 tables fp64.
+        bounds: what an id outside its table does: ``"error"`` raises, ``"drop"`` contributes nothing and
+            trains nothing. Ids are never changed.
+        backend: a backend's name, or None to choose.
+
+    Attributes:
+        features: in the order of plain input: as the tables first name them.
+        embedding_names: of the pooled outputs, in order.
+        fused_optimizer: the ``recsys_ops.optim.FusedOptimizer``, or None.
+
+    Example:
+        >>> import torch, recsys_ops
+        >>> tables = [
+        ...     recsys_ops.nn.TableConfig("user", 10, 4),
+        ...     recsys_ops.nn.TableConfig("item", 20, 8, features=["clicked", "bought"], pooling="mean"),
+        ... ]
+        >>> ebc = recsys_ops.nn.EmbeddingBagCollection(tables, recsys_ops.optim.RowWiseAdagrad(lr=0.1))
+        >>> values, offsets = torch.tensor([3, 7, 11, 12, 1, 19]), torch.tensor([0, 1, 2, 4, 4, 5, 6])
+        >>> output = ebc(values, offsets)  # features user, clicked, bought, two samples each
+        >>> output.shape
+        torch.Size([2, 20])
+        >>> output.sum().backward()  # updates both tables
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        optimizer: RowOptimizer | None = None,
+        device: torch.device | str | None = None,
+        *,
+        is_weighted: bool = False,
+        sparse: bool = False,
+        output_dtype: torch.dtype | None = None,
+        bounds: str = "error",
+        backend: str | None = None,
+    ) -> None:
+        if optimizer is not None and sparse:
+            raise ValueError(
+                f"{_OP}: expected sparse=False with an optimizer, which leaves no gradients, got True"
+            )
+        dtypes = [table.dtype for table in tables]
+        dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
+        super().__init__(tables, is_weighted, dtype, bounds, backend)
+        check_options(self.layout, bounds, sparse, is_weighted)
+        self.sparse = sparse
+        self.embedding_bags = torch.nn.ModuleDict(
+            {table.name: _Table(table, device, trained=optimizer is None) for table in tables}
+        )
+        self.fused_optimizer = FusedOptimizer(optimizer, self.weights) if optimizer is not None else None
+        self.reset_parameters()
+
+    @property
+    def weights(self) -> list[torch.nn.Parameter]:  # type: ignore[override]
+        """The tables' weights, in order."""
+        return [table.weight for table in self.embedding_bags.children()]  # type: ignore[misc]
+
+    def reset_parameters(self) -> None:
+        """Initialise weights, and zero the optimizer's state."""
+        for config, weight in zip(self.tables, self.weights, strict=True):
+            if not weight.is_meta:
+                config.initialize(weight)
+        if self.fused_optimizer is not None:
+            self.fused_optimizer.reset_state()
+
     def lookup(
         self,
         values: Tensor,
@@ -274,27 +332,6 @@ class EmbeddingBagCollection(torch.nn.Module):
             out=out,
             backend=self.backend,
         )
-
-    def side_by_side(self, result: Tensor, placement: Placement) -> Tensor:
-        """The pooled columns of a result, [B, pooled_dim]."""
-        rows = next(
-            (
-                b.rows
-                for b, (_, t) in zip(placement.blocks, self._lookups(), strict=True)
-                if t.pooling != "none"
-            ),
-            0,
-        )
-        return result[: rows * self.layout.pooled_dim].view(rows, self.layout.pooled_dim)
-
-    def _lookups(self) -> list[tuple[str, TableConfig]]:
-        """The name of each lookup and its table."""
-        shared = Counter(f for table in self.tables for f in table.features)
-        return [
-            (f"{f}@{table.name}" if shared[f] > 1 else f, table)
-            for table in self.tables
-            for f in table.features
-        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBagCollection:
         super()._apply(fn, recurse)
