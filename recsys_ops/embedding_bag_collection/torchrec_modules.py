@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -40,10 +40,11 @@ _PLAIN_UPDATE = {
 
 
 def torchrec_class(module: Any) -> type | None:
-    """The class of TorchRec's that a module is an instance of: the collection, or the fused one."""
+    """TorchRec's collection or its fused one, whichever a module or a class is one of, or None."""
+    kind = module if isinstance(module, type) else type(module)
     for name, where in _MODULES.items():
         theirs = getattr(sys.modules.get(where), name, None)
-        if theirs is not None and isinstance(module, theirs):
+        if theirs is not None and issubclass(kind, theirs):
             return theirs
     return None
 
@@ -57,7 +58,7 @@ def why_not_ours(theirs: Any) -> str | None:
     """What a collection of TorchRec's does that ours does not, as a clause, or None."""
     kind = torchrec_class(theirs)
     assert kind is not None
-    definer = next(c for c in type(theirs).__mro__ if "forward" in vars(c) and c is not Accelerated)
+    definer = next(c for c in type(theirs).__mro__ if "forward" in vars(c) and not issubclass(c, Accelerated))
     if definer.forward is not kind.forward or "forward" in vars(theirs):  # type: ignore[attr-defined]
         return f"{type(theirs).__name__} has a forward of its own"
     names = [config.name for config in theirs.embedding_bag_configs()]
@@ -101,38 +102,39 @@ def as_ours(theirs: Any) -> list[EmbeddingBagCollection]:
 
 
 class Accelerated:
-    """Goes before TorchRec's class, whose forward it replaces where ours does the same."""
+    """Marks subclasses of TorchRec's collections whose forward is that of ``forward_at_once``."""
 
-    embedding_bags: nn.ModuleDict
+    __slots__ = ()  # so that instances may change their class
 
-    def forward(self, features: Any) -> Any:
+
+def forward_at_once(original: type) -> Callable[[Any, Any], Any]:
+    """The forward of a subclass of TorchRec's: ours where it does the same, else that of ``original``."""
+
+    def forward(self: Any, features: Any) -> Any:
         ours = _OURS.get(self)
         if ours is None:
             ours = _OURS[self] = as_ours(self)
-        if not _serves(self, ours, features):
-            return super().forward(features)  # type: ignore[misc]
+        if not _serves(ours, features):
+            return original.forward(self, features)  # type: ignore[attr-defined]
         if len(ours) == 1:
             return ours[0](features)
         results = [collection(features) for collection in ours]
-        # In this order where TorchRec has them, whatever the names say.
+        # In this order, as TorchRec has them, whatever the names say.
         values = torch.cat([result.values() for result in results], 1)
-        return type(results[0])(
-            keys=self._embedding_names,  # type: ignore[attr-defined]
-            values=values,
-            length_per_key=self._length_per_key,  # type: ignore[attr-defined]
-        )
+        return type(results[0])(self._embedding_names, self._length_per_key, values)
+
+    return forward
 
 
 # Not on the modules, so that copies and checkpoints of them make their own.
 _OURS: WeakKeyDictionary[Any, list[EmbeddingBagCollection]] = WeakKeyDictionary()
 
 
-def _serves(theirs: Any, ours: Sequence[EmbeddingBagCollection], features: Any) -> bool:
+def _serves(ours: Sequence[EmbeddingBagCollection], features: Any) -> bool:
     """Whether ours does what TorchRec's would, whatever has changed since the swap."""
     if not keyed.is_keyed(features) or _has_any_global_hook():
         return False
-    inverse = features.inverse_indices_or_none() is not None
-    if features.variable_stride_per_key() != inverse or (inverse and is_fused(theirs)):
+    if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
         return False
     return all(
         bag.weight.dtype == table.dtype and not has_hooks(bag)
@@ -141,20 +143,25 @@ def _serves(theirs: Any, ours: Sequence[EmbeddingBagCollection], features: Any) 
     )
 
 
-def changed_in_backward(theirs: Any) -> list[Tensor]:
-    """What a fused collection keeps beside its parameters and changes when it trains."""
-    found = []
-    for module in theirs._emb_modules:
+def changed_in_backward(theirs: Any) -> dict[str, Tensor]:
+    """What a fused collection changes when it runs and trains, by name."""
+    found: dict[str, Tensor] = {}
+    for number, module in enumerate(theirs._emb_modules):
         tables = module._emb_module
-        found += [state.detach() for states in tables.split_optimizer_states() for state in states]
-        found += [tables.iter, tables.iter_cpu, tables.learning_rate_tensor]
+        of_tables = tables.split_optimizer_states() or [()] * len(module._embedding_tables)
+        for config, weight, states in zip(
+            module._embedding_tables, tables.split_embedding_weights(), of_tables, strict=True
+        ):
+            found[f"{config.name}.weight"] = weight.detach()
+            found |= {f"{config.name}.state{i}": state.detach() for i, state in enumerate(states)}
+        for name in ("iter", "iter_cpu", "learning_rate_tensor"):
+            found[f"{name}{number}"] = getattr(tables, name)
     return found
 
 
 def leaves_of_fused(theirs: Any) -> list[Tensor]:
-    """The tensors that autograd must be asked about to make a fused collection train."""
-    found = [p for module in theirs._emb_modules for p in module._emb_module.parameters() if p.requires_grad]
-    return [*found, *(p for p in theirs.parameters() if p.requires_grad)]
+    """What autograd must be asked for to make a fused collection train, TorchRec's or as ours."""
+    return [p for module in theirs._emb_modules for p in module._emb_module.parameters() if p.requires_grad]
 
 
 def has_hooks(module: nn.Module) -> bool:
