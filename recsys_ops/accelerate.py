@@ -67,7 +67,8 @@ def accelerate(
     ``[bag(x) for …]`` or a loop that appends to a new list. The operands of such a loop are
     evaluated first. A swap changes the class of the instance: parameters, hooks, state-dict keys, and
     references that optimizers or wrappers hold stay what they are. Whatever is not certain to be the
-    same is declined, and the report says why. Accelerate first and compile or wrap the model afterwards; restore before scripting.
+    same is declined, and the report says why. Accelerate first and compile or wrap the model afterwards;
+    restore before scripting.
 
     With ``sample_inputs`` each swap must prove itself, in the mode (training or evaluation) that the model
     is in, under the caller's autocast. On the inputs that reach it, its outputs and gradients may err at
