@@ -351,7 +351,7 @@ def test_a_loop_compiles_afterwards() -> None:
     model, inputs = Zipped(), loop_inputs()
     expected = results(model, inputs)
     recsys_ops.accelerate(model)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     for now, was in zip(results(compiled, inputs), expected, strict=True):
         torch.testing.assert_close(now, was)
 
@@ -459,6 +459,13 @@ def test_torchrec_collection_by_itself_without_samples() -> None:
     # What ours does not take goes where it went before.
     ebc.embedding_bags["user"].register_forward_hook(lambda module, args, output: 0 * output)
     assert ebc(features)["u"].eq(0).all()
+    for change in (lambda e: e.double(), lambda e: setattr(e.embedding_bags["item"], "padding_idx", 3)):
+        changed = torchrec.EmbeddingBagCollection(tables=configs())
+        recsys_ops.accelerate(changed)
+        changed(features)
+        change(changed)
+        after = changed(features).values()
+        assert torch.equal(after, recsys_ops.restore(changed)(features).values())
 
 
 @pytest.mark.parametrize(
@@ -541,6 +548,20 @@ def test_fused_collection_goes_on_training(name: str, two_groups: bool) -> None:
     assert types(model) == kinds
     torch.testing.assert_close(train(model, features), train(plain, features))  # its own kernels again
     assert torch.equal(model.state_dict()[keys[0]], model.ebc._emb_modules[0].split_embedding_weights()[0])
+
+
+def test_a_copy_of_a_fused_collection_trains_by_itself() -> None:
+    model, features = fused("RowWiseAdagrad"), keyed_inputs()
+    train(model, features, 1)
+    recsys_ops.accelerate(model)
+    train(model, features, 1)
+    copied = copy.deepcopy(model)
+    assert isinstance(copied.ebc, torchrec_modules.Accelerated)
+    before = train(model, features, 0)
+    theirs = train(copied, features, 2)
+    torch.testing.assert_close(train(model, features, 0), before, rtol=0, atol=0)
+    torch.testing.assert_close(train(model, features, 2), theirs)
+    torch.testing.assert_close(copied(features), model(features))
 
 
 def test_fused_collection_whose_update_differs_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

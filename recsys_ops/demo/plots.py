@@ -10,7 +10,7 @@ from recsys_ops.demo.metrics import K, Ranking
 from recsys_ops.demo.trial import Part
 from recsys_ops.html import BLUE, GREEN, GREY, ORANGE, VERMILION, figure_html, new_figure
 
-_COLOURS = {"plain": BLUE, "accelerated": ORANGE, "popularity": GREY, "one collection": GREEN}
+_COLOURS = {"plain": BLUE, "accelerated": ORANGE, "popularity": GREY, "collection": GREEN}
 _LEAST = 1e-9  # where a difference of 0 is drawn on a logarithmic axis
 
 
@@ -35,7 +35,7 @@ def draw_losses(name: str, plain: Sequence[float], accelerated: Sequence[float])
 
 
 def draw_rankings(name: str, rankings: dict[str, Ranking]) -> str:
-    """HR@10 and NDCG@10 as bars, for "popularity", "plain", "accelerated" and "one collection"."""
+    """HR@10 and NDCG@10 as bars, for "popularity", "plain", "accelerated" and "collection"."""
     with new_figure(10.5, 3.4) as figure:
         axes = figure.subplots(1, 2)
         for axis, title, metric in zip(axes, (f"HR@{K}", f"NDCG@{K}"), ("hit_rate", "ndcg"), strict=True):

@@ -102,7 +102,7 @@ def _details(trial: Trial) -> str:
     headers, rows = _times(trial)
     rankings = {"popularity": trial.popularity, "plain": plain.ranking, "accelerated": accelerated.ranking}
     if trial.collected is not None:
-        rankings["one collection"] = trial.collected.ranking
+        rankings["collection"] = trial.collected.ranking
     errors = [[d.name, *(f"{x:.1e}" for x in (d.before, d.after, d.apart))] for d in trial.differences]
     return "".join(
         [
@@ -121,7 +121,7 @@ def _details(trial: Trial) -> str:
             html.table_html(headers, rows, numeric=(2, 3, 4)),
             html.paragraph_html(
                 "Medians in ms, and how many times faster with a 95 % interval. A step is forward, backward "
-                "and optimizer, timed during training with both models in turns; a lookup is forward and "
+                "and optimizer, timed during training with the models in turns; a lookup is forward and "
                 "backward of that module alone on one batch, in turns. One that was put back runs "
                 "as plain PyTorch in the accelerated model.",
                 note=True,
@@ -151,7 +151,7 @@ def _outcomes(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
         kinds.append(("accelerated", step.after, step.ratio, trial.after.ranking, apart))
         if trial.collected is not None and trial.collected_step is not None:
             step, of_collection = trial.collected_step, trial.largest_loss_difference_collected
-            kinds.append(("one collection", step.after, step.ratio, trial.collected.ranking, of_collection))
+            kinds.append(("collection", step.after, step.ratio, trial.collected.ranking, of_collection))
         for kind, seconds, ratio, ranking, difference in kinds:
             rows.append(
                 [

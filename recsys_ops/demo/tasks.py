@@ -51,7 +51,8 @@ class Task:
     popularity: Ranking
     table_learning_rate: float
     settings: Settings
-    collect: Callable[[Any], nn.Module] | None = None  # a copy with its tables in one collection
+    # A copy with its tables in one collection; None where weights and a maximum exclude that.
+    collect: Callable[[Any], nn.Module] | None = None
 
 
 def history_task(data: Interactions, split: Split, settings: Settings) -> Task:

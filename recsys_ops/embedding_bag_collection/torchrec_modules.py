@@ -113,7 +113,7 @@ def forward_at_once(original: type) -> Callable[[Any, Any], Any]:
     def forward(self: Any, features: Any) -> Any:
         ours = _OURS.get(self)
         if ours is None:
-            ours = _OURS[self] = as_ours(self)
+            ours = _OURS[self] = [] if why_not_ours(self) else as_ours(self)
         if not _serves(ours, features):
             return original.forward(self, features)  # type: ignore[attr-defined]
         if len(ours) == 1:
@@ -132,12 +132,17 @@ _OURS: WeakKeyDictionary[Any, list[EmbeddingBagCollection]] = WeakKeyDictionary(
 
 def _serves(ours: Sequence[EmbeddingBagCollection], features: Any) -> bool:
     """Whether ours does what TorchRec's would, whatever has changed since the swap."""
-    if not keyed.is_keyed(features) or _has_any_global_hook():
+    if not ours or not keyed.is_keyed(features) or _has_any_global_hook():
         return False
     if features.variable_stride_per_key() or features.inverse_indices_or_none() is not None:
         return False
     return all(
-        bag.weight.dtype == table.dtype and not has_hooks(bag)
+        bag.weight.dtype == table.dtype
+        and not has_hooks(bag)
+        and (
+            not isinstance(bag, nn.EmbeddingBag)
+            or (bag.padding_idx is None and bag.max_norm is None and bag.mode == table.pooling)
+        )
         for collection in ours
         for bag, table in zip(collection.embedding_bags.children(), collection.tables, strict=True)
     )
