@@ -167,7 +167,7 @@ class _Loops:
             reasons += self._obstacles[id(module)]
             reason = (reasons or ["no loop over its bags recognised"])[0]
         kind = f"loop of {len(bags)} bags"
-        return FoundCollection(name, module, kind, reason or "", tuple(owners), bags=bags, collected=bags)
+        return FoundCollection(name, module, kind, reason or "", (*owners, *bags), bags=bags, collected=bags)
 
 
 def _is_container(module: nn.Module) -> bool:
