@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -268,7 +269,8 @@ def _numbered(name: str, i: int) -> str:
 
 def raises(error: Exception) -> Parity:
     """The parity of what raises where the original did not."""
-    return Parity(math.inf, 0.0, f"it raises {type(error).__name__}: {error}")
+    text = textwrap.shorten(f"it raises {type(error).__name__}: {error}", 200)
+    return Parity(math.inf, 0.0, text)
 
 
 def twin_of(module: Lookup, weight: Tensor, padding_idx: int | None, accelerated: bool) -> Lookup:
