@@ -12,6 +12,7 @@ __all__ = [
     "explain",
     "nn",
     "optim",
+    "quantize",
     "restore",
     "testing",
     "use_backend",
@@ -37,3 +38,4 @@ else:
     from recsys_ops.backends import explain, use_backend
     from recsys_ops.embedding_bag.api import embedding_bag
     from recsys_ops.embedding_bag_collection.api import embedding_bag_collection
+    from recsys_ops.embedding_bag_collection.quantization import quantize

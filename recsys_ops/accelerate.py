@@ -17,16 +17,27 @@ from torch import nn
 from recsys_ops._output import write_json
 from recsys_ops.acceleration.checks import (
     Measure,
+    Parity,
     lookup_parity,
     measure,
     measure_lookup,
     measure_model,
     model_parity,
 )
-from recsys_ops.acceleration.find import FoundLookup, Selection, find_lookups
-from recsys_ops.acceleration.report import DECLINED, KEPT, PUT_BACK, SWAPPED, AccelerateReport, ModuleReport
-from recsys_ops.acceleration.runs import Batch, Call, capture, untouched
-from recsys_ops.acceleration.swap import changed_since, put_back, swap
+from recsys_ops.acceleration.find import FoundCollection, FoundLookup, Selection, find_lookups
+from recsys_ops.acceleration.report import (
+    DECLINED,
+    JOINED,
+    KEPT,
+    PUT_BACK,
+    SWAPPED,
+    AccelerateReport,
+    ModuleReport,
+)
+from recsys_ops.acceleration.runs import Batch, Call, capture, capture_together, untouched
+from recsys_ops.acceleration.swap import changed_since, collect, put_back, swap
+from recsys_ops.acceleration.together import keyed_parity, measure_keyed, measure_together, together_parity
+from recsys_ops.timing import Ratio
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,10 +60,15 @@ def accelerate(
     """Swap the pooled lookups of a model in place for those of ``recsys_ops``, and keep what proves itself.
 
     Swapped are ``nn.EmbeddingBag`` (and subclasses that keep its forward), and ``nn.Embedding`` where a
-    method of the module around it takes the sum or mean of the looked-up rows over dimension 1 or -2. A
-    swap changes the class of the instance: parameters, hooks, state-dict keys, and references that
-    optimizers or wrappers hold stay what they are. Whatever is not certain to be the same is declined, and
-    the report says why. Accelerate first and compile or wrap the model afterwards; restore before scripting.
+    method of the module around it takes the sum or mean of the looked-up rows over dimension 1 or -2.
+    Lookups of many tables become one: TorchRec's unsharded ``EmbeddingBagCollection`` and
+    ``FusedEmbeddingBagCollection``, whose optimizer and its state stay where they are; and the bags in an
+    ``nn.ModuleList`` or ``nn.ModuleDict`` that a method calls one after the other, in a comprehension
+    ``[bag(x) for …]`` or a loop that appends to a new list. The operands of such a loop are
+    evaluated first. A swap changes the class of the instance: parameters, hooks, state-dict keys, and
+    references that optimizers or wrappers hold stay what they are. Whatever is not certain to be the
+    same is declined, and the report says why. Accelerate first and compile or wrap the model afterwards;
+    restore before scripting.
 
     With ``sample_inputs`` each swap must prove itself, in the mode (training or evaluation) that the model
     is in, under the caller's autocast. On the inputs that reach it, its outputs and gradients may err at
@@ -60,7 +76,8 @@ def accelerate(
     of the whole model may move twice as far as they do when the results of the original lookups move by a
     few times their error. A swap is kept if the median speedup (of forward + backward for a trained module
     in training mode, else of forward) exceeds 1 and its 95 % interval lies above 0.98; the rest is put back.
-    These runs leave no trace in buffers, gradients, attributes or random state.
+    A collection is measured against its bags as they are kept by themselves. These runs leave no trace in
+    buffers, gradients, attributes or random state, nor in tables that train in the backward.
 
     Args:
         model: any module; changed in place.
@@ -89,7 +106,7 @@ def accelerate(
     lookups = find_lookups(model, include, exclude)
     candidates = [lookup for lookup in lookups if lookup.parts]
     if sample_inputs is None:
-        outcome = AccelerateReport(tuple(lookup.report(SWAPPED) for lookup in candidates))
+        outcome = AccelerateReport(tuple(_joined(candidates, [c.report(SWAPPED) for c in candidates])))
     else:
         batches = _batches(sample_inputs)
         with torch.inference_mode(False), torch.enable_grad(), untouched(model):
@@ -156,6 +173,24 @@ def _switch(lookups: Sequence[FoundLookup], on: bool) -> None:
     for lookup in lookups:
         for part in lookup.parts:
             (swap if on else put_back)(part)
+        for bag in lookup.collected if isinstance(lookup, FoundCollection) else ():
+            (collect if on else put_back)(bag)
+
+
+def _joined(lookups: Sequence[FoundLookup], reports: Sequence[ModuleReport]) -> list[ModuleReport]:
+    """Reports that tell which lookups are part of a collection that is swapped."""
+    collection_of = {
+        id(bag): lookup.name or "(model)"
+        for lookup, report in zip(lookups, reports, strict=True)
+        if isinstance(lookup, FoundCollection) and report.status in (SWAPPED, KEPT)
+        for bag in lookup.bags
+    }
+    return [
+        dataclasses.replace(report, status=JOINED, reason=f"looked up by {collection_of[id(lookup.module)]}")
+        if id(lookup.module) in collection_of
+        else report
+        for lookup, report in zip(lookups, reports, strict=True)
+    ]
 
 
 def _prove(
@@ -166,12 +201,26 @@ def _prove(
     progress: Progress,
 ) -> AccelerateReport:
     """Judge each candidate by itself, then the model with all that hold; leaves some of them swapped."""
+    alone = [c for c in candidates if not isinstance(c, FoundCollection)]
+    collections = [c for c in candidates if isinstance(c, FoundCollection)]
     with untouched(model):
-        calls = capture(model, batches, [(lookup.module, lookup.parts) for lookup in candidates])
-    reports = []
-    for done, lookup in enumerate(candidates):
+        calls = capture(model, batches, [(lookup.module, lookup.parts) for lookup in alone])
+    together: dict[int, list[Any]] = {}
+    if collections:
+        with untouched(model):
+            together = capture_together(
+                model, batches, [(c.module, c.parts, c.collected) for c in collections]
+            )
+    found: dict[int, ModuleReport] = {}
+    for done, lookup in enumerate([*alone, *collections]):
         progress(done, len(candidates), lookup.name)
-        reports.append(_judge(lookup, calls[id(lookup.module)], measure))
+        if isinstance(lookup, FoundCollection):
+            faster = [c.module for c in alone if found[id(c)].status == KEPT]
+            with untouched(model):
+                found[id(lookup)] = _judge_collection(lookup, together[id(lookup.module)], faster, measure)
+        else:
+            found[id(lookup)] = _judge(lookup, calls[id(lookup.module)], measure)
+    reports = _joined(candidates, [found[id(lookup)] for lookup in candidates])
     kept = [c for c, report in zip(candidates, reports, strict=True) if report.status == KEPT]
     if not kept:
         return AccelerateReport(tuple(reports))
@@ -181,11 +230,15 @@ def _prove(
         _switch(candidates, False)
         _switch(kept, on)
 
-    parity = model_parity(model, batches, switch, [(lookup.module, lookup.error) for lookup in kept])
+    moved = [
+        (m, lookup.error) for lookup in kept for m in getattr(lookup, "collected", ()) or [lookup.module]
+    ]
+    parity = model_parity(model, batches, switch, moved)
     if not parity.holds:
         reason = f"the whole model differs: {parity.detail}"
         reports = [
-            dataclasses.replace(r, status=PUT_BACK, reason=reason) if r.status == KEPT else r for r in reports
+            dataclasses.replace(r, status=PUT_BACK, reason=reason) if r.status in (KEPT, JOINED) else r
+            for r in reports
         ]
         return AccelerateReport(tuple(reports), parity=parity)
     return AccelerateReport(tuple(reports), *measure_model(model, batches, switch, measure), parity)
@@ -197,7 +250,27 @@ def _judge(lookup: FoundLookup, calls: Sequence[Call], measure: Measure) -> Modu
     parity, lookup.error = lookup_parity(lookup.module, calls)
     if not parity.holds:
         return lookup.report(PUT_BACK, reason=f"it differs: {parity.detail}", parity=parity)
-    forward, step = measure_lookup(lookup.module, calls, measure)
+    return _decide(lookup, parity, *measure_lookup(lookup.module, calls, measure))
+
+
+def _judge_collection(
+    lookup: FoundCollection, calls: Sequence[Any], faster: Sequence[nn.Module], measure: Measure
+) -> ModuleReport:
+    """The same of a collection, against its bags as they are kept by themselves."""
+    if not calls:
+        return lookup.report(PUT_BACK, reason="the sample inputs reach no lookups that can be one")
+    if lookup.is_torchrec:
+        parity, lookup.error = keyed_parity(lookup.module, calls)
+    else:
+        parity, lookup.error = together_parity(calls)
+    if not parity.holds:
+        return lookup.report(PUT_BACK, reason=f"it differs: {parity.detail}", parity=parity)
+    if lookup.is_torchrec:
+        return _decide(lookup, parity, *measure_keyed(lookup.module, calls, faster, measure))
+    return _decide(lookup, parity, *measure_together(calls, faster, measure))
+
+
+def _decide(lookup: FoundLookup, parity: Parity, forward: Ratio, step: Ratio | None) -> ModuleReport:
     decisive = step if step is not None and lookup.module.training else forward
     status, faster = (
         (KEPT, "faster") if decisive.value > 1 and decisive.low > _LOWEST else (PUT_BACK, "not faster")

@@ -66,3 +66,12 @@ def status(report: Any) -> dict[str, str]:
 
 def reason(report: Any, name: str) -> str:
     return next(m.reason for m in report.modules if m.name == name)
+
+
+def results(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The output, a tensor or a ``KeyedTensor``, and the gradients of what is trained."""
+    output = model(*inputs)
+    output = output if isinstance(output, Tensor) else output.values()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(output.square().sum(), parameters, allow_unused=True)
+    return [output, *(g for g in gradients if g is not None)]

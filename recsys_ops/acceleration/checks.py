@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from recsys_ops.acceleration.collected import look_up_together
 from recsys_ops.acceleration.runs import (
     Batch,
     Call,
     Lookup,
     Results,
+    bags_of,
     cotangent_of,
     differentiate,
+    fused_collections,
     leaves_of,
     observe,
 )
@@ -55,6 +60,12 @@ def worst(parities: Sequence[Parity]) -> Parity:
     return max(parities, key=lambda p: (not p.holds, p.error / p.budget if p.budget else p.error))
 
 
+def worst_pair(pairs: Iterable[tuple[Parity, float]]) -> tuple[Parity, float]:
+    """The worst parity, and the largest error."""
+    parities, errors = zip(*pairs, strict=True)
+    return worst(parities), max(errors)
+
+
 def measure(before: Callable[[], Any], after: Callable[[], Any]) -> Ratio:
     """How many times faster ``after`` is, timed in turns with ``before``."""
     seconds = time_interleaved({"before": before, "after": after}, round_seconds=0.005)
@@ -65,7 +76,7 @@ def model_parity(
     model: nn.Module,
     batches: Sequence[Batch],
     switch: Callable[[bool], None],
-    lookups: Sequence[tuple[Lookup, float]],
+    lookups: Sequence[tuple[nn.Module, float]],
 ) -> Parity:
     """Compare the model before and after the swaps, which ``switch`` turns on and off.
 
@@ -83,7 +94,7 @@ def _batch_parities(
     model: nn.Module,
     batch: Batch,
     switch: Callable[[bool], None],
-    lookups: Sequence[tuple[Lookup, float]],
+    lookups: Sequence[tuple[nn.Module, float]],
 ) -> list[Parity]:
     switch(False)
     old = observe(model, batch)
@@ -92,7 +103,7 @@ def _batch_parities(
     try:
         new = observe(model, batch)
     except Exception as error:
-        return [_raises(error)]
+        return [raises(error)]
     finally:
         switch(False)
     moved = {name: _distance(new.pop(name, None), value) for name, value in old.items()}
@@ -127,14 +138,13 @@ def lookup_parity(module: Lookup, calls: Sequence[Call]) -> tuple[Parity, float]
     This happens on a small table, of the rows that a call touches. Also returns how far the
     original is from the exact result, relative to its largest element.
     """
-    parities, errors = zip(*(pair for call in calls for pair in _call_parities(module, call)), strict=True)
-    return worst(parities), max(errors)
+    return worst_pair(pair for call in calls for pair in call_parities([(module, call)]))
 
 
 def measure_lookup(module: Lookup, calls: Sequence[Call], measure: Measure) -> tuple[Ratio, Ratio | None]:
     """How many times faster a lookup's calls are: forward, and forward + backward if it is trained."""
     table = module.weight.detach(), module.padding_idx
-    before, after = _twin(module, *table, False), _twin(module, *table, True)
+    before, after = twin_of(module, *table, False), twin_of(module, *table, True)
     cotangents = [cotangent_of(call.run(before)) for call in calls]
 
     def forward(twin: Lookup) -> None:
@@ -144,11 +154,11 @@ def measure_lookup(module: Lookup, calls: Sequence[Call], measure: Measure) -> t
 
     def step(twin: Lookup) -> None:
         for call, cotangent in zip(calls, cotangents, strict=True):
-            targets = _targets(twin, call, module.weight.requires_grad)
-            _coalesce(torch.autograd.grad(call.run(twin), targets, cotangent))
+            targets = targets_of(twin, call, module.weight.requires_grad)
+            coalesce(torch.autograd.grad(call.run(twin), targets, cotangent))
 
     ratio = measure(lambda: forward(before), lambda: forward(after))
-    if not all(_targets(before, call, module.weight.requires_grad) for call in calls):
+    if not all(targets_of(before, call, module.weight.requires_grad) for call in calls):
         return ratio, None
     return ratio, measure(lambda: step(before), lambda: step(after))
 
@@ -170,14 +180,14 @@ def measure_model(
         trained = False
         for args, kwargs in batches:
             outputs = [leaf for _, leaf in leaves_of(model(*args, **kwargs))]
-            trained |= _coalesce(differentiate(model, outputs, parameters))
-        return trained
+            trained |= coalesce(differentiate(model, outputs, parameters))
+        return trained or bool(fused_collections(model))
 
     ratio = measure(lambda: forward(False), lambda: forward(True))
     return ratio, measure(lambda: step(False), lambda: step(True)) if step(False) else None
 
 
-def _coalesce(gradients: Sequence[Tensor | None]) -> bool:
+def coalesce(gradients: Sequence[Tensor | None]) -> bool:
     """Do what an optimizer needs of sparse gradients; whether there are gradients at all."""
     for gradient in gradients:
         if gradient is not None and gradient.is_sparse:
@@ -185,53 +195,85 @@ def _coalesce(gradients: Sequence[Tensor | None]) -> bool:
     return any(gradient is not None for gradient in gradients)
 
 
-def _call_parities(module: Lookup, call: Call) -> Iterator[tuple[Parity, float]]:
-    weight = module.weight.detach()
-    ids = call.input.clamp(0, len(weight) - 1)
-    rows = torch.cat([ids.flatten(), ids.new_zeros(1)]).unique()
-    weight = weight[rows]
-    padding: list[int] = []
-    if module.padding_idx is not None:
-        padding = (rows == module.padding_idx).nonzero().flatten().tolist()
-    small = dataclasses.replace(call, input=torch.searchsorted(rows, ids).to(ids.dtype))
-    mode = module.mode if isinstance(module, nn.EmbeddingBag) else "sum"
+def call_parities(
+    calls: Sequence[tuple[Lookup, Call]], together: bool = False
+) -> Iterator[tuple[Parity, float]]:
+    """Compare calls of lookups, ours one by one or ``together``, and tell how exact the original is."""
+    small = [_of_touched_rows(module, call) for module, call in calls]
 
-    def run(accelerated: bool, dtype: torch.dtype = weight.dtype, absolute: bool = False) -> Results:
-        table, factors = weight.to(dtype), small.per_sample_weights
-        if factors is not None:
-            factors = factors.detach().to(dtype).requires_grad_()
+    def run(accelerated: bool, dtype: torch.dtype | None = None, absolute: bool = False) -> Results:
+        twins: list[Lookup] = []
+        these: list[Call] = []
+        targets: dict[str, Tensor] = {}
+        for i, (module, weight, padding_idx, call) in enumerate(small):
+            table, factors = weight.to(dtype or weight.dtype), call.per_sample_weights
+            if factors is not None:
+                factors = factors.detach().to(table.dtype).requires_grad_()
+            if absolute:
+                largest = isinstance(module, nn.EmbeddingBag) and module.mode == "max"
+                table = table if largest else table.abs()
+                factors = None if factors is None else factors.detach().abs().requires_grad_()
+            twins.append(twin_of(module, table, padding_idx, accelerated))
+            these.append(dataclasses.replace(call, per_sample_weights=factors))
+            names = ("gradient of weight", "gradient of per_sample_weights")
+            found = targets_of(twins[-1], these[-1], True)
+            targets |= {_numbered(name, i): t for name, t in zip(names, found, strict=False)}
+        outputs = (
+            look_up_together([bags_of(twin, call) for twin, call in zip(twins, these, strict=True)])
+            if accelerated and together
+            else [call.run(twin) for twin, call in zip(twins, these, strict=True)]
+        )
+        cotangents = [cotangent_of(o, w.dtype) for o, (_, w, _, _) in zip(outputs, small, strict=True)]
         if absolute:
-            table = table if mode == "max" else table.abs()
-            factors = None if factors is None else factors.detach().abs().requires_grad_()
-        this = dataclasses.replace(small, per_sample_weights=factors)
-        twin = _twin(module, table, padding[0] if padding else None, accelerated)
-        output = this.run(twin)
-        cotangent = cotangent_of(output, weight.dtype)
-        cotangent = cotangent.abs() if absolute else cotangent
-        targets = _targets(twin, this, True)
-        gradients = [gradient.to_dense() for gradient in torch.autograd.grad(output, targets, cotangent)]
-        names = ("gradient of weight", "gradient of per_sample_weights")
-        return {"output": output.detach(), **dict(zip(names, gradients, strict=False))}
+            cotangents = [cotangent.abs() for cotangent in cotangents]
+        gradients = torch.autograd.grad(outputs, list(targets.values()), cotangents)
+        results = {_numbered("output", i): output.detach() for i, output in enumerate(outputs)}
+        return results | {n: g.to_dense() for n, g in zip(targets, gradients, strict=True)}
 
     old = run(False)
     try:
         new = run(True)
     except Exception as error:
-        yield _raises(error), 0.0
+        yield raises(error), 0.0
         return
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(small[0][1].device.type, enabled=False):
         exact, partial = run(False, torch.float64), run(False, torch.float64, absolute=True)
+    yield from compare_all(new, old, exact, partial)
+
+
+def compare_all(
+    new: Results, old: Results, exact: Results, partial: Results
+) -> Iterator[tuple[Parity, float]]:
+    """Each result against its budget, and how far the original is from the exact one."""
     for name, value in old.items():
         compared = compare(new[name], value, exact[name], partial[name].abs())
         own_error = _distance(value, exact[name]) / (_size(exact[name]) or 1.0)
         yield Parity(compared.worst, compared.budget, f"{name} {compared.detail}"), own_error
 
 
-def _raises(error: Exception) -> Parity:
-    return Parity(math.inf, 0.0, f"it raises {type(error).__name__}: {error}")
+def _of_touched_rows(module: Lookup, call: Call) -> tuple[Lookup, Tensor, int | None, Call]:
+    """A lookup with a small table, of the rows that a call touches: module, table, padding_idx and call."""
+    weight = module.weight.detach()
+    ids = call.input.clamp(0, len(weight) - 1)
+    rows = torch.cat([ids.flatten(), ids.new_zeros(1)]).unique()
+    padding: list[int] = []
+    if module.padding_idx is not None:
+        padding = (rows == module.padding_idx).nonzero().flatten().tolist()
+    small = dataclasses.replace(call, input=torch.searchsorted(rows, ids).to(ids.dtype))
+    return module, weight[rows], padding[0] if padding else None, small
 
 
-def _twin(module: Lookup, weight: Tensor, padding_idx: int | None, accelerated: bool) -> Lookup:
+def _numbered(name: str, i: int) -> str:
+    return f"{name} of lookup {i}" if i else name
+
+
+def raises(error: Exception) -> Parity:
+    """The parity of what raises where the original did not."""
+    text = textwrap.shorten(f"it raises {type(error).__name__}: {error}", 200)
+    return Parity(math.inf, 0.0, text)
+
+
+def twin_of(module: Lookup, weight: Tensor, padding_idx: int | None, accelerated: bool) -> Lookup:
     """A lookup with the configuration of ``module``, without its hooks, on another table."""
     names = ["max_norm", "norm_type", "scale_grad_by_freq", "sparse"]
     base: type[Lookup] = nn.Embedding
@@ -243,21 +285,24 @@ def _twin(module: Lookup, weight: Tensor, padding_idx: int | None, accelerated: 
     return kind(*weight.shape, _weight=weight, padding_idx=padding_idx, **options)
 
 
-def _targets(twin: Lookup, call: Call, trained: bool) -> list[Tensor]:
+def targets_of(twin: Lookup, call: Call, trained: bool) -> list[Tensor]:
     factors = call.per_sample_weights
     targets: list[Tensor] = [twin.weight] if trained else []
     return targets + ([factors] if factors is not None and factors.requires_grad else [])
 
 
 @contextlib.contextmanager
-def _noise(lookups: Sequence[tuple[Lookup, float]], seed: int) -> Iterator[None]:
+def _noise(lookups: Sequence[tuple[nn.Module, float]], seed: int) -> Iterator[None]:
     """Move the outputs of the lookups, and the gradients that reach them, by a few times their error."""
     generator = torch.Generator().manual_seed(seed)
     errors = {id(module): error for module, error in lookups}
 
-    def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda tensor: noisy(tensor, errors[id(module)]), output)
+
+    def noisy(output: Tensor, error: float) -> Tensor:
         least = torch.finfo(torch.promote_types(output.dtype, torch.float32)).eps
-        relative = 4 * max(errors[id(module)], 8 * least)
+        relative = 4 * max(error, 8 * least)
         noise = torch.randn(output.shape, generator=generator, dtype=torch.float64)
         return output * (1 + relative * noise).to(output)
 

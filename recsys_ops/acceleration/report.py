@@ -13,8 +13,8 @@ from recsys_ops.timing import Ratio
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-SWAPPED, KEPT, PUT_BACK, DECLINED = "swapped", "kept", "put back", "declined"
-_STYLES = {SWAPPED: "green", KEPT: "green", PUT_BACK: "yellow", DECLINED: "dim"}
+SWAPPED, KEPT, PUT_BACK, DECLINED, JOINED = "swapped", "kept", "put back", "declined", "joined"
+_STYLES = {SWAPPED: "green", KEPT: "green", PUT_BACK: "yellow", DECLINED: "dim", JOINED: "green"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +23,12 @@ class ModuleReport:
 
     Attributes:
         name: qualified name of the module.
-        kind: what it computes, for example ``"EmbeddingBag sum"`` or ``"Embedding + mean"``.
+        kind: what it computes, for example ``"EmbeddingBag sum"``, ``"Embedding + mean"``, or of many
+            tables ``"collection of 26"``, ``"fused collection of 26"``, ``"loop of 26 bags"``.
         status: ``"swapped"`` without a check, for lack of sample inputs; ``"kept"``: swapped, proved and
             faster; ``"put back"``: swapped, then found wrong, not faster, or not reached by the samples;
-            ``"declined"``: never swapped.
+            ``"declined"``: never swapped; ``"joined"``: one of the lookups of a collection that is
+            swapped, which ``reason`` names.
         reason: why.
         forward: how many times faster its forward became, or None where not measured.
         step: the same for forward + backward, until sparse gradients are coalesced as optimizers
@@ -109,7 +111,8 @@ class AccelerateReport:
         yield Text(self._summary())
 
     def _summary(self) -> str:
-        lines = [f"\n{len(self.accelerated)} of {len(self.modules)} lookups swapped."]
+        alone = [m for m in self.modules if m.status != JOINED]
+        lines = [f"\n{len(self.accelerated)} of {len(alone)} lookups swapped."]
         if not self.agrees:
             lines.append("What moved further than its budget was put back.")
         elif self.parity is not None:

@@ -8,8 +8,16 @@ from typing import Any, Generic
 
 from torch import nn
 
-from recsys_ops.acceleration.pooling import HELPER, PooledEmbedding, pooled_lookup, pooled_methods
+from recsys_ops.acceleration import collected, pooling
+from recsys_ops.acceleration.collected import CollectedEmbeddingBag
+from recsys_ops.acceleration.methods import rewritten_methods
+from recsys_ops.acceleration.pooling import PooledEmbedding
 from recsys_ops.embedding_bag.modules import EmbeddingBag
+from recsys_ops.embedding_bag_collection.torchrec_modules import (
+    Accelerated,
+    forward_at_once,
+    torchrec_class,
+)
 
 _ORIGINAL = "_recsys_ops_original"  # on a swapped instance, and on a subclass made for one: the class before
 _ACCELERATED: dict[type, type] = {nn.EmbeddingBag: EmbeddingBag, nn.Embedding: PooledEmbedding}
@@ -21,6 +29,13 @@ def swap(module: nn.Module) -> None:
         original = type(module)
         module.__class__ = accelerated_class(original)
         module.__dict__[_ORIGINAL] = original
+
+
+def collect(bag: nn.EmbeddingBag) -> None:
+    """Let a bag be looked up together with others, whether or not it is swapped by itself."""
+    original = original_class(bag)
+    bag.__class__ = CollectedEmbeddingBag
+    bag.__dict__[_ORIGINAL] = original
 
 
 def put_back(module: nn.Module) -> None:
@@ -44,7 +59,10 @@ def changed_since(module: nn.Module) -> bool:
     """Whether something else has changed the class of a swapped module, so that it cannot be put back."""
     original: Any = module.__dict__.get(_ORIGINAL)
     now = type(module)
-    ours = now is original or now is _ACCELERATED.get(original) or vars(now).get(_ORIGINAL) is original
+    ours = (
+        now in (original, _ACCELERATED.get(original), CollectedEmbeddingBag)
+        or vars(now).get(_ORIGINAL) is original
+    )
     return original is not None and not ours
 
 
@@ -71,7 +89,8 @@ def _is_current(known: type, original: type) -> bool:
     """Whether the methods rewritten for ``known`` are still those of ``original``."""
     functions = {name: f for name, f in vars(known).items() if isinstance(f, types.FunctionType)}
     del functions["__reduce_ex__"]
-    return issubclass(known, EmbeddingBag) or functions == pooled_methods(original).functions
+    own_forward = issubclass(known, (EmbeddingBag, Accelerated))
+    return own_forward or functions == rewritten_methods(original).functions
 
 
 def _subclass(original: Any) -> type:
@@ -84,9 +103,13 @@ def _subclass(original: Any) -> type:
     bases: tuple[type, ...] = (original,)
     if issubclass(original, nn.EmbeddingBag):
         bases = (original, EmbeddingBag)
+    elif torchrec_class(original) is not None:
+        bases = (original, Accelerated)
+        namespace["forward"] = forward_at_once(original)
     else:
-        namespace.update(pooled_methods(original).functions)
-        namespace[HELPER] = staticmethod(pooled_lookup)
+        namespace.update(rewritten_methods(original).functions)
+        namespace[pooling.HELPER] = staticmethod(pooling.pooled_lookup)
+        namespace[collected.HELPER] = collected.Lookups
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = object.__reduce_ex__(self, protocol)

@@ -8,9 +8,9 @@ import numpy as np
 
 from recsys_ops.demo.metrics import K, Ranking
 from recsys_ops.demo.trial import Part
-from recsys_ops.html import BLUE, GREY, ORANGE, VERMILION, figure_html, new_figure
+from recsys_ops.html import BLUE, GREEN, GREY, ORANGE, VERMILION, figure_html, new_figure
 
-_COLOURS = {"plain": BLUE, "accelerated": ORANGE, "popularity": GREY}
+_COLOURS = {"plain": BLUE, "accelerated": ORANGE, "popularity": GREY, "collection": GREEN}
 _LEAST = 1e-9  # where a difference of 0 is drawn on a logarithmic axis
 
 
@@ -35,7 +35,7 @@ def draw_losses(name: str, plain: Sequence[float], accelerated: Sequence[float])
 
 
 def draw_rankings(name: str, rankings: dict[str, Ranking]) -> str:
-    """HR@10 and NDCG@10 as bars, for "popularity", "plain" and "accelerated"."""
+    """HR@10 and NDCG@10 as bars, for "popularity", "plain", "accelerated" and "collection"."""
     with new_figure(10.5, 3.4) as figure:
         axes = figure.subplots(1, 2)
         for axis, title, metric in zip(axes, (f"HR@{K}", f"NDCG@{K}"), ("hit_rate", "ndcg"), strict=True):
@@ -46,7 +46,7 @@ def draw_rankings(name: str, rankings: dict[str, Ranking]) -> str:
             axis.grid(visible=False, axis="x")
         return figure_html(
             figure,
-            alt=f"{name}: HR@{K} and NDCG@{K} of popularity and of both models",
+            alt=f"{name}: HR@{K} and NDCG@{K} of popularity and of the models",
             caption="Ranking of the held-out purchases among all items; higher is better.",
         )
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from recsys_ops import html
 from recsys_ops.demo.data import MIN_HISTORY, Interactions
 from recsys_ops.demo.features import Split
-from recsys_ops.demo.metrics import K
+from recsys_ops.demo.metrics import K, Ranking
 from recsys_ops.demo.plots import draw_losses, draw_rankings, draw_times
 from recsys_ops.demo.trial import Trial
 from recsys_ops.timing import Ratio
@@ -45,7 +45,11 @@ def to_json(result: Result) -> dict[str, Any]:
         },
         "interrupted": result.interrupted,
         "models": [
-            dataclasses.asdict(trial) | {"largest_loss_difference": trial.largest_loss_difference}
+            dataclasses.asdict(trial)
+            | {
+                "largest_loss_difference": trial.largest_loss_difference,
+                "largest_loss_difference_collected": trial.largest_loss_difference_collected,
+            }
             for trial in result.trials
         ],
         "machine": result.machine,
@@ -84,7 +88,8 @@ def _summary(result: Result) -> str:
         f"Two recommenders in plain PyTorch, trained on {result.data.name}. A copy of each went through "
         "recsys_ops.accelerate, which swaps embedding lookups, checks that outputs and gradients agree, and "
         "keeps the swaps that are faster here. Original and copy then trained from the same state on the "
-        "same batches, in turns.",
+        "same batches, in turns. So did a third model where one is listed: its tables are a single "
+        "recsys_ops.nn.EmbeddingBagCollection, which trains them in its backward.",
         *_findings(result.trials),
         *(["The run was interrupted: this is what was finished by then."] if result.interrupted else []),
     ]
@@ -96,6 +101,8 @@ def _details(trial: Trial) -> str:
     plain, accelerated = trial.before, trial.after
     headers, rows = _times(trial)
     rankings = {"popularity": trial.popularity, "plain": plain.ranking, "accelerated": accelerated.ranking}
+    if trial.collected is not None:
+        rankings["collection"] = trial.collected.ranking
     errors = [[d.name, *(f"{x:.1e}" for x in (d.before, d.after, d.apart))] for d in trial.differences]
     return "".join(
         [
@@ -114,7 +121,7 @@ def _details(trial: Trial) -> str:
             html.table_html(headers, rows, numeric=(2, 3, 4)),
             html.paragraph_html(
                 "Medians in ms, and how many times faster with a 95 % interval. A step is forward, backward "
-                "and optimizer, timed during training with both models in turns; a lookup is forward and "
+                "and optimizer, timed during training with the models in turns; a lookup is forward and "
                 "backward of that module alone on one batch, in turns. One that was put back runs "
                 "as plain PyTorch in the accelerated model.",
                 note=True,
@@ -136,21 +143,25 @@ def _outcomes(trials: Sequence[Trial]) -> tuple[list[str], list[list[str]]]:
     headers = ["model", "", "step (ms)", "faster", f"HR@{K}", f"NDCG@{K}", "losses apart, at most"]
     rows = []
     for trial in trials:
-        for kind, seconds, ranking in (
-            ("popularity", None, trial.popularity),
-            ("plain", trial.step.before, trial.before.ranking),
-            ("accelerated", trial.step.after, trial.after.ranking),
-        ):
-            last = kind == "accelerated"
+        kinds: list[tuple[str, float | None, Ratio | None, Ranking, float | None]] = [
+            ("popularity", None, None, trial.popularity, None),
+            ("plain", trial.step.before, None, trial.before.ranking, None),
+        ]
+        step, apart = trial.step, trial.largest_loss_difference
+        kinds.append(("accelerated", step.after, step.ratio, trial.after.ranking, apart))
+        if trial.collected is not None and trial.collected_step is not None:
+            step, of_collection = trial.collected_step, trial.largest_loss_difference_collected
+            kinds.append(("collection", step.after, step.ratio, trial.collected.ranking, of_collection))
+        for kind, seconds, ratio, ranking, difference in kinds:
             rows.append(
                 [
                     trial.name if kind == "popularity" else "",
                     kind,
                     _milliseconds(seconds),
-                    _faster(trial.step.ratio) if last else "",
+                    _faster(ratio),
                     f"{ranking.hit_rate:.4f}",
                     f"{ranking.ndcg:.4f}",
-                    f"{trial.largest_loss_difference:.1e}" if last else "",
+                    "" if difference is None else f"{difference:.1e}",
                 ]
             )
     return headers, rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from recsys_ops.demo.data import Interactions
 from recsys_ops.demo.features import Split, history_batch, offers_batch
 from recsys_ops.demo.metrics import Ranking, popularity, ranks
-from recsys_ops.demo.models import DLRM, HistoryPooling
+from recsys_ops.demo.models import DLRM, CollectionDLRM, HistoryPooling
 
 Progress = Callable[[str, int, int], object]  # what is done, how much of it, of how much
 Inputs = tuple[Tensor, ...]
+TABLE_ACCUMULATOR = 1e-8  # what Adagrad's sums start from, of tables
 _CHUNK = 512  # customers scored at once by the history model
 
 
@@ -31,7 +33,7 @@ class Settings:
     negatives: int = 3
     buckets: int = 1 << 18  # rows of each table of hashed pairs
     history_customers: int = 4500  # whose held-out purchase is ranked
-    dlrm_customers: int = 400
+    dlrm_customers: int = 300
     rounds: int = 20  # in which a swap is timed against what it replaces
     seed: int = 0
 
@@ -49,6 +51,8 @@ class Task:
     popularity: Ranking
     table_learning_rate: float
     settings: Settings
+    # A copy with its tables in one collection; None where weights and a maximum exclude that.
+    collect: Callable[[Any], nn.Module] | None = None
 
 
 def history_task(data: Interactions, split: Split, settings: Settings) -> Task:
@@ -128,6 +132,7 @@ def dlrm_task(data: Interactions, split: Split, settings: Settings) -> Task:
         popularity(data, split, held_out),
         0.1,
         settings,
+        lambda plain: CollectionDLRM(plain, 0.1, TABLE_ACCUMULATOR),
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recsys_ops.accelerate import AccelerateReport, accelerate
 from recsys_ops.demo.metrics import Ranking, ranking
-from recsys_ops.demo.tasks import Inputs, Progress, Task
+from recsys_ops.demo.tasks import TABLE_ACCUMULATOR, Inputs, Progress, Task
 from recsys_ops.timing import Ratio, speedup, time_interleaved
 
 _WARM_UP = 5  # steps left out of the times
@@ -70,10 +70,20 @@ class Trial:
     differences: list[Difference]  # of the output and the gradients, on the first batch
     agrees: bool  # every comparison that accelerate made stayed within its budget
     popularity: Ranking
+    collected: Training | None = None  # of the copy whose tables are one collection
+    collected_step: Part | None = None  # plain, and of that copy
 
     @property
     def largest_loss_difference(self) -> float:
-        return float(np.abs(np.subtract(self.before.losses, self.after.losses)).max())
+        return _largest_difference(self.before, self.after)
+
+    @property
+    def largest_loss_difference_collected(self) -> float | None:
+        return None if self.collected is None else _largest_difference(self.before, self.collected)
+
+
+def _largest_difference(one: Training, other: Training) -> float:
+    return float(np.abs(np.subtract(one.losses, other.losses)).max())
 
 
 def run_trial(task: Task, progress: Progress) -> Trial:
@@ -92,7 +102,10 @@ def run_trial(task: Task, progress: Progress) -> Trial:
         differences = _differences(plain, fast, inputs, target, task.loss)
 
         before, after = _Trainer(plain, task), _Trainer(fast, task)
+        collected = _Trainer(task.collect(plain), task) if task.collect is not None else None
         turns, order = [before, after], random.Random(task.settings.seed)
+        if collected is not None:
+            turns.append(collected)
         for done, (inputs, target) in enumerate(task.batches()):
             progress("train", done, task.settings.steps)
             order.shuffle(turns)
@@ -100,6 +113,7 @@ def run_trial(task: Task, progress: Progress) -> Trial:
                 trainer.step(inputs, target)
         progress("train", task.settings.steps, task.settings.steps)
         trained_plain, trained_fast = before.finish(progress), after.finish(progress)
+        trained_collected = collected.finish(progress) if collected is not None else None
     return Trial(
         task.name,
         task.description,
@@ -112,6 +126,10 @@ def run_trial(task: Task, progress: Progress) -> Trial:
         differences,
         report.agrees,
         task.popularity,
+        trained_collected,
+        None
+        if trained_collected is None
+        else _part("step", trained_plain.step_seconds, trained_collected.step_seconds),
     )
 
 
@@ -120,10 +138,13 @@ class _Trainer:
         self.model, self.task = model, task
         tables = [module.weight for module in model.modules() if isinstance(module, nn.EmbeddingBag)]
         others = [p for p in model.parameters() if all(p is not table for table in tables)]
-        self.optimizers = (
-            torch.optim.Adagrad(tables, task.table_learning_rate, initial_accumulator_value=1e-8),
-            torch.optim.Adagrad(others, lr=0.03, initial_accumulator_value=1e-6),
-        )
+        others = [p for p in others if p.requires_grad]  # a collection trains its tables itself
+        self.optimizers = [torch.optim.Adagrad(others, lr=0.03, initial_accumulator_value=1e-6)]
+        if tables:
+            tables_optimizer = torch.optim.Adagrad(
+                tables, task.table_learning_rate, initial_accumulator_value=TABLE_ACCUMULATOR
+            )
+            self.optimizers.insert(0, tables_optimizer)
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
         self.optimizer_seconds: list[float] = []

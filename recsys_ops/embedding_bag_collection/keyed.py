@@ -11,7 +11,7 @@ from recsys_ops.embedding_bag_collection.api import check_input, place_bags
 from recsys_ops.embedding_bag_collection.layout import Placement
 
 if TYPE_CHECKING:
-    from recsys_ops.embedding_bag_collection.modules import EmbeddingBagCollection
+    from recsys_ops.embedding_bag_collection.modules import PooledCollection
 
 
 def is_keyed(features: Any) -> bool:
@@ -19,7 +19,7 @@ def is_keyed(features: Any) -> bool:
     return all(hasattr(features, name) for name in ("keys", "values", "offsets", "stride_per_key"))
 
 
-def forward(module: EmbeddingBagCollection, features: Any, out: Tensor | None) -> Any:
+def forward(module: PooledCollection, features: Any, out: Tensor | None) -> Any:
     """``EmbeddingBagCollection.forward`` of a ``KeyedJaggedTensor``."""
     from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
@@ -46,7 +46,7 @@ def forward(module: EmbeddingBagCollection, features: Any, out: Tensor | None) -
     return keyed, sequences
 
 
-def _place(module: EmbeddingBagCollection, features: Any, offsets: Tensor) -> tuple[Tensor, Placement, bool]:
+def _place(module: PooledCollection, features: Any, offsets: Tensor) -> tuple[Tensor, Placement, bool]:
     """Offsets and placement of the features, and whether their batch sizes differ."""
     keys = features.keys()
     apart = features.variable_stride_per_key()
@@ -68,7 +68,7 @@ def _place(module: EmbeddingBagCollection, features: Any, offsets: Tensor) -> tu
     return offsets, placement, apart
 
 
-def _reindexed(module: EmbeddingBagCollection, features: Any, result: Tensor, placement: Placement) -> Tensor:
+def _reindexed(module: PooledCollection, features: Any, result: Tensor, placement: Placement) -> Tensor:
     """The pooled rows of different batch sizes, brought to the batch that the inverse indices give."""
     inverse = features.inverse_indices_or_none()
     if inverse is None:

@@ -104,7 +104,150 @@ class _Table(torch.nn.Module):
         return f"{c.num_embeddings}, {c.embedding_dim}, {c.pooling}, {dtype}, features={list(c.features)}"
 
 
-class EmbeddingBagCollection(torch.nn.Module):
+class PooledCollection(torch.nn.Module):
+    """What collections have in common: how input becomes lookups, and those become output.
+
+    Subclasses hold the tables and implement ``weights`` and ``lookup``.
+    """
+
+    sparse = False
+
+    def __init__(
+        self,
+        tables: Sequence[TableConfig],
+        is_weighted: bool,
+        output_dtype: torch.dtype,
+        bounds: str,
+        backend: str | None,
+    ) -> None:
+        super().__init__()
+        names = [table.name for table in tables]
+        if len(names) == 0 or len(set(names)) != len(names):
+            raise ValueError(f"{_OP}: expected tables of different names, got {names}")
+        self.tables = tuple(tables)
+        self.features = tuple(dict.fromkeys(f for table in tables for f in table.features))
+        self.layout = Layout(
+            tuple(tuple(self.features.index(f) for f in table.features) for table in tables),
+            tuple(table.pooling for table in tables),
+            tuple(table.embedding_dim for table in tables),
+        )
+        self.output_dtype = output_dtype
+        self.is_weighted_input = is_weighted
+        self.bounds, self.backend = bounds, backend
+        self._placements: dict[Any, Placement] = {}
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What the tables hold, in order."""
+        raise NotImplementedError
+
+    def lookup(
+        self,
+        values: Tensor,
+        offsets: Tensor,
+        per_sample_weights: Tensor | None,
+        placement: Placement,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The cells of a placement, [placement.size]."""
+        raise NotImplementedError
+
+    @property
+    def embedding_names(self) -> list[str]:
+        """Of the pooled lookups, in the order of their columns."""
+        return [name for name, table in self._lookups() if table.pooling != "none"]
+
+    def forward(
+        self,
+        features: Any,
+        offsets: Tensor | None = None,
+        per_sample_weights: Tensor | None = None,
+        *,
+        batch_sizes: Sequence[int] | None = None,
+        out: Tensor | None = None,
+    ) -> Any:
+        """Pool all bags.
+
+        Args:
+            features: the ids of all bags [N], feature after feature in the order of ``features``, with
+                ``offsets``; or a ``KeyedJaggedTensor`` alone.
+            offsets: int32 or int64 [F * B + 1], where each bag starts and where the last ends.
+            per_sample_weights: a factor for each id, [N].
+            batch_sizes: bags of each feature, where features have different numbers of them.
+            out: where to write the result [B, sum of D]; for serving, without gradients.
+
+        Returns:
+            [B, sum of D]; with ``batch_sizes`` a list of [B_f, D]. Of a ``KeyedJaggedTensor`` a
+            ``KeyedTensor``. Where a table has pooling ``"none"``, a pair of that (of the pooled tables)
+            and a dict of name: [ids, D], or name: ``JaggedTensor``.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as in ``recsys_ops.embedding_bag_collection``.
+        """
+        if offsets is None:
+            if not keyed.is_keyed(features):
+                got = type(features).__name__
+                raise TypeError(
+                    f"{_OP}: expected values and offsets, or a KeyedJaggedTensor, got a {got} alone"
+                )
+            return keyed.forward(self, features, out)
+        if per_sample_weights is not None:
+            check_options(self.layout, self.bounds, False, True)
+        offsets, placement = self._place(features, offsets, batch_sizes)
+        result = self.lookup(features, offsets, per_sample_weights, placement, out)
+        if batch_sizes is None and not self.layout.sequences:
+            return result if out is not None else result.view(-1, self.layout.pooled_dim)
+        blocks = {
+            name: block.of(result) for (name, _), block in zip(self._lookups(), placement.blocks, strict=True)
+        }
+        sequences = {name: blocks[name] for name, table in self._lookups() if table.pooling == "none"}
+        if batch_sizes is not None:
+            pooled: Any = [block for name, block in blocks.items() if name not in sequences]
+        else:
+            pooled = self.side_by_side(result, placement)
+        return (pooled, sequences) if sequences else pooled
+
+    def _place(
+        self, values: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
+    ) -> tuple[Tensor, Placement]:
+        is_known = batch_sizes is None and not self.layout.sequences and not torch.compiler.is_compiling()
+        placement = self._placements.get(offsets.shape) if is_known else None
+        if placement is None:
+            check_input(values, offsets, self.weights[0])
+            offsets, placement = place(self.layout, offsets, batch_sizes)
+            if is_known:
+                self.keep_placement(offsets.shape, placement)
+        return offsets, placement
+
+    def keep_placement(self, key: Any, placement: Placement) -> None:
+        """Remember the placement of a kind of input; the kinds are few, or not worth remembering."""
+        if len(self._placements) >= 64:
+            self._placements.clear()
+        self._placements[key] = placement
+
+    def side_by_side(self, result: Tensor, placement: Placement) -> Tensor:
+        """The pooled columns of a result, [B, pooled_dim]."""
+        rows = next(
+            (
+                b.rows
+                for b, (_, t) in zip(placement.blocks, self._lookups(), strict=True)
+                if t.pooling != "none"
+            ),
+            0,
+        )
+        return result[: rows * self.layout.pooled_dim].view(rows, self.layout.pooled_dim)
+
+    def _lookups(self) -> list[tuple[str, TableConfig]]:
+        """The name of each lookup and its table."""
+        shared = Counter(f for table in self.tables for f in table.features)
+        return [
+            (f"{f}@{table.name}" if shared[f] > 1 else f, table)
+            for table in self.tables
+            for f in table.features
+        ]
+
+
+class EmbeddingBagCollection(PooledCollection):
     """Embedding bags of many tables in one call, with the optimizer fused into the backward if one is given.
 
     Takes plain tensors, or a TorchRec ``KeyedJaggedTensor`` with its features in any order, among others.
@@ -155,43 +298,26 @@ class EmbeddingBagCollection(torch.nn.Module):
         bounds: str = "error",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        names = [table.name for table in tables]
-        if len(names) == 0 or len(set(names)) != len(names):
-            raise ValueError(f"{_OP}: expected tables of different names, got {names}")
         if optimizer is not None and sparse:
             raise ValueError(
                 f"{_OP}: expected sparse=False with an optimizer, which leaves no gradients, got True"
             )
-        self.tables = tuple(tables)
-        self.features = tuple(dict.fromkeys(f for table in tables for f in table.features))
-        self.layout = Layout(
-            tuple(tuple(self.features.index(f) for f in table.features) for table in tables),
-            tuple(table.pooling for table in tables),
-            tuple(table.embedding_dim for table in tables),
-        )
         dtypes = [table.dtype for table in tables]
-        self.output_dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
+        dtype = check_output_dtype(output_dtype or default_output_dtype(dtypes), dtypes)
+        super().__init__(tables, is_weighted, dtype, bounds, backend)
         check_options(self.layout, bounds, sparse, is_weighted)
-        self.is_weighted_input = is_weighted
-        self.sparse, self.bounds, self.backend = sparse, bounds, backend
+        self.sparse = sparse
         self.embedding_bags = torch.nn.ModuleDict(
             {table.name: _Table(table, device, trained=optimizer is None) for table in tables}
         )
         self.fused_optimizer = FusedOptimizer(optimizer, self.weights) if optimizer is not None else None
-        self._placements: dict[Any, Placement] = {}
         self.reset_parameters()
 
     @property
-    def weights(self) -> list[torch.nn.Parameter]:
+    def weights(self) -> list[torch.nn.Parameter]:  # type: ignore[override]
         """The tables' weights, in order."""
         # Past torch.nn.Module.__getattr__, which takes a third of a small call.
-        return [table._parameters["weight"] for table in self.embedding_bags._modules.values()]  # type: ignore[union-attr, misc]
-
-    @property
-    def embedding_names(self) -> list[str]:
-        """Of the pooled lookups, in the order of their columns."""
-        return [name for name, table in self._lookups() if table.pooling != "none"]
+        return [table._parameters["weight"] for table in self.embedding_bags._modules.values()]  # type: ignore[misc]
 
     def reset_parameters(self) -> None:
         """Initialise weights, and zero the optimizer's state."""
@@ -215,74 +341,6 @@ class EmbeddingBagCollection(torch.nn.Module):
         if self.fused_optimizer is not None:
             device = self.weights[0].device
             self.fused_optimizer.rebind(self.weights, lambda state: torch.zeros_like(state, device=device))
-
-    def forward(
-        self,
-        features: Any,
-        offsets: Tensor | None = None,
-        per_sample_weights: Tensor | None = None,
-        *,
-        batch_sizes: Sequence[int] | None = None,
-        out: Tensor | None = None,
-    ) -> Any:
-        """Pool all bags.
-
-        Args:
-            features: the ids of all bags [N], feature after feature in the order of ``features``, with
-                ``offsets``; or a ``KeyedJaggedTensor`` alone.
-            offsets: int32 or int64 [F * B + 1], where each bag starts and where the last ends.
-            per_sample_weights: a factor for each id, [N].
-            batch_sizes: bags of each feature, where features have different numbers of them.
-            out: where to write the result [B, sum of D]; for serving, without gradients.
-
-        Returns:
-            [B, sum of D]; with ``batch_sizes`` a list of [B_f, D]. Of a ``KeyedJaggedTensor`` a
-            ``KeyedTensor``. Where a table has pooling ``"none"``, a pair of that (of the pooled tables)
-            and a dict of name: [ids, D], or name: ``JaggedTensor``.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: as in ``recsys_ops.embedding_bag_collection``.
-        """
-        if offsets is None:
-            if not keyed.is_keyed(features):
-                got = type(features).__name__
-                raise TypeError(
-                    f"{_OP}: expected values and offsets, or a KeyedJaggedTensor, got a {got} alone"
-                )
-            return keyed.forward(self, features, out)
-        if per_sample_weights is not None:
-            check_options(self.layout, self.bounds, self.sparse, True)
-        offsets, placement = self._place(features, offsets, batch_sizes)
-        result = self.lookup(features, offsets, per_sample_weights, placement, out)
-        if batch_sizes is None and not self.layout.sequences:
-            return result if out is not None else result.view(-1, self.layout.pooled_dim)
-        blocks = {
-            name: block.of(result) for (name, _), block in zip(self._lookups(), placement.blocks, strict=True)
-        }
-        sequences = {name: blocks[name] for name, table in self._lookups() if table.pooling == "none"}
-        if batch_sizes is not None:
-            pooled: Any = [block for name, block in blocks.items() if name not in sequences]
-        else:
-            pooled = self.side_by_side(result, placement)
-        return (pooled, sequences) if sequences else pooled
-
-    def _place(
-        self, values: Tensor, offsets: Tensor, batch_sizes: Sequence[int] | None
-    ) -> tuple[Tensor, Placement]:
-        is_known = batch_sizes is None and not self.layout.sequences and not torch.compiler.is_compiling()
-        placement = self._placements.get(offsets.shape) if is_known else None
-        if placement is None:
-            check_input(values, offsets, self.weights[0])
-            offsets, placement = place(self.layout, offsets, batch_sizes)
-            if is_known:
-                self.keep_placement(offsets.shape, placement)
-        return offsets, placement
-
-    def keep_placement(self, key: Any, placement: Placement) -> None:
-        """Remember the placement of a kind of input; the kinds are few, or not worth remembering."""
-        if len(self._placements) >= 64:
-            self._placements.clear()
-        self._placements[key] = placement
 
     def lookup(
         self,
@@ -308,27 +366,6 @@ class EmbeddingBagCollection(torch.nn.Module):
             out=out,
             backend=self.backend,
         )
-
-    def side_by_side(self, result: Tensor, placement: Placement) -> Tensor:
-        """The pooled columns of a result, [B, pooled_dim]."""
-        rows = next(
-            (
-                b.rows
-                for b, (_, t) in zip(placement.blocks, self._lookups(), strict=True)
-                if t.pooling != "none"
-            ),
-            0,
-        )
-        return result[: rows * self.layout.pooled_dim].view(rows, self.layout.pooled_dim)
-
-    def _lookups(self) -> list[tuple[str, TableConfig]]:
-        """The name of each lookup and its table."""
-        shared = Counter(f for table in self.tables for f in table.features)
-        return [
-            (f"{f}@{table.name}" if shared[f] > 1 else f, table)
-            for table in self.tables
-            for f in table.features
-        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBagCollection:
         super()._apply(fn, recurse)

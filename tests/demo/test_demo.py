@@ -102,6 +102,11 @@ def test_both_models_learn_the_same(finished: Finished) -> None:
         assert model["before"]["ranking"] == model["after"]["ranking"]
         for difference in model["differences"]:
             assert 0 < difference["after"] < 1e-5, difference
+    assert models[0]["collected"] is None
+    collected = models[1]["collected"]
+    assert len(collected["losses"]) == TINY.steps
+    assert models[1]["largest_loss_difference_collected"] < 1e-4
+    assert collected["ranking"] == models[1]["before"]["ranking"]
     lookups = [part["name"] for part in models[0]["lookups"]]
     assert lookups == ["items", "pairs", "recent", "customer_month"]
 
@@ -119,6 +124,7 @@ def test_report_is_one_file_with_its_plots(finished: Finished) -> None:
 def test_prints_plain_lines_in_a_pipe(finished: Finished) -> None:
     assert "\x1b" not in finished.printed and "━" not in finished.printed
     assert "DLRM: training both\n" in finished.printed
+    assert finished.printed.count("collection") == 1
     step = finished.numbers["models"][0]["step"]
     assert f"{1e3 * step['before']:.2f}" in finished.printed
     assert f"{step['ratio']['value']:.2f}x" in finished.printed
