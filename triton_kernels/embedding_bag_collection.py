@@ -17,11 +17,11 @@ sums into new rows, as many as there can be touched ones, and a last launch appl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from functools import cache
 from math import gcd, inf
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -40,29 +40,27 @@ from recsys_ops.triton_kernels import embedding_bag_collection_backward_kernels 
 from recsys_ops.triton_kernels import embedding_bag_collection_kernels as kernels
 from recsys_ops.triton_kernels.embedding_bag import (
     ASSERTING,
-    BAGS,
-    ENTRIES,
     LANES,
     EmbeddingBagBackwardConfig,
     EmbeddingBagForwardConfig,
     accumulate,
     checked,
     launch,
-    levels,
-    number_type,
 )
 from recsys_ops.triton_kernels.embedding_bag_collection_plans import (
-    EntryPlan,
-    Group,
-    Sharer,
     Strided,
     Table,
     entry_plan,
     pooling_plan,
     table_directory,
 )
+from recsys_ops.triton_kernels.embedding_bag_collection_terms import Target, find_terms, in_triton
 
-LOOKUPS = 128  # whose entries are counted at once
+# Arguments of the update that are numbers.
+NUMBERS = (
+    *("lr", "eps", "of_first_moment", "of_second_moment", "first_correction", "second_correction"),
+    *("weight_decay", "decoupled_weight_decay", "max_gradient", "max_gradient_norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def embedding_bag_collection_forward(
             pooling.num_lookups,
             len(offsets),
             len(values),
-            DTYPE=_in_triton(pooling.dtype),
+            DTYPE=in_triton(pooling.dtype),
             MAXIMUM=pooling.is_max,
             COUNT=pooling.has_mean or not drop_invalid,
             DROP_INVALID=drop_invalid,
@@ -181,17 +179,14 @@ def embedding_bag_collection_backward(
     gradients = [w.new_zeros(w.shape) for w in weights]
     kinds = tuple((w.shape[1], str(w.dtype)) for w in weights)
     plan = entry_plan(values.device, found, _lengths(weights), kinds)
-    entries = _sorted_entries(plan, grad_output, values, offsets, per_sample_weights, drop_invalid)
-    tensors = tuple((Strided.of(g),) for g in gradients)
-    for group, sharer in _sharers(plan) if entries.num else ():
-        directory = table_directory(values.device, plan, sharer.number, tensors)
+    terms = find_terms(plan, grad_output, argmax, values, offsets, per_sample_weights, drop_invalid, config)
+    places = tuple((Strided.of(g),) for g in gradients)
+    for group, sharer in terms.of_kinds():
+        directory = table_directory(values.device, plan, sharer.number, places)
         alike = [gradients[table] for table in sharer.tables.values()]
         alignment = gcd(*(Strided.of(g).alignment(g.shape[1]) for g in alike))
-        rows = entries.rows_of(plan, group)
-        _sum_runs(
-            *(None, directory.get(), alike[0].dtype, alignment, alike[0].shape[1]),
-            *(plan, group, sharer, rows, plan.dead_key, entries, grad_output, argmax, config),
-        )
+        target = Target(alike[0].shape[1], None, directory.get(), alike[0].dtype, alignment)
+        terms.sum_runs(group, sharer, target, terms.rows_of(group), plan.dead_key)
     return gradients
 
 
@@ -211,17 +206,17 @@ def embedding_bag_collection_backward_sparse(
     found = _checked(weights, values, offsets, lookups, drop_invalid)
     kinds = tuple((w.shape[1],) for w in weights)
     plan = entry_plan(values.device, found, _lengths(weights), kinds)
-    entries = _sorted_entries(plan, grad_output, values, offsets, per_sample_weights, drop_invalid)
+    terms = find_terms(plan, grad_output, argmax, values, offsets, per_sample_weights, drop_invalid, config)
     parts = [(values.new_empty(0, dtype=torch.int64), w.new_empty(0, w.shape[1])) for w in weights]
-    for group in plan.groups if entries.num else ():
-        touched = _touched_rows(entries.rows_of(plan, group), plan.dead_key, group.num_rows)
+    for group in plan.groups if terms.num else ():
+        touched = terms.touched_rows(group)
         first_keys = [plan.first_keys[s] for s in group.sharers[0].tables]
         ends = torch.searchsorted(
             touched.keys, touched.keys.new_tensor([*first_keys, group.end_key])
         ).tolist()
         for sharer in group.sharers:
             dim = weights[next(iter(sharer.tables.values()))].shape[1]
-            sums = _sums(dim, ends[-1], plan, group, sharer, touched, entries, grad_output, argmax, config)
+            sums = terms.sums(group, sharer, dim, touched, ends[-1])
             for i, (s, table) in enumerate(sharer.tables.items()):
                 part = slice(ends[i], ends[i + 1])
                 rows = touched.keys[part].long() - plan.first_keys[s]
@@ -255,7 +250,7 @@ def embedding_bag_collection_backward_per_sample_weights(
             pooling.num_lookups,
             len(offsets),
             len(values),
-            DTYPE=_in_triton(pooling.dtype),
+            DTYPE=in_triton(pooling.dtype),
             COUNT=pooling.has_mean or not drop_invalid,
             DROP_INVALID=drop_invalid,
             ACCUMULATE=accumulate(wide),
@@ -297,20 +292,18 @@ def embedding_bag_collection_update(
         for w, of_table, place in zip(weights, tensors, places, strict=True)
     )
     plan = entry_plan(values.device, found, _lengths(weights), kinds)
-    entries = _sorted_entries(plan, grad_output, values, offsets, per_sample_weights, drop_invalid)
-    formula = _formula(optimizer, hyperparameters, int(step))
-    for group in plan.groups if entries.num else ():
-        touched = _touched_rows(entries.rows_of(plan, group), plan.dead_key, min(entries.num, group.num_rows))
+    terms = find_terms(plan, grad_output, argmax, values, offsets, per_sample_weights, drop_invalid, config)
+    numbers = formula(optimizer, hyperparameters, int(step))
+    for group in plan.groups if terms.num else ():
+        touched = terms.touched_rows(group)
         for sharer in group.sharers:
             table, *_ = sharer.tables.values()
             dim = weights[table].shape[1]
             if dim == 0:
                 continue
-            sums = _sums(
-                *(dim, touched.most, plan, group, sharer, touched, entries, grad_output, argmax, config)
-            )
+            sums = terms.sums(group, sharer, dim, touched, touched.most)
             chosen = update_config or EmbeddingBagCollectionUpdateConfig.default(dim)
-            dtypes = [_in_triton(tensor.dtype) for tensor in tensors[table]]
+            dtypes = [in_triton(tensor.dtype) for tensor in tensors[table]]
             dtypes += [tl.float32] * (3 - len(dtypes))
             places_of_group = [places[t] for t in sharer.tables.values()]
             launch(
@@ -325,14 +318,14 @@ def embedding_bag_collection_update(
                 touched.most,
                 plan.dead_key,
                 _mix(int(step) + _mix(seed)),
-                **formula,
+                **numbers,
                 DTYPE=dtypes[0],
                 FIRST_DTYPE=dtypes[1],
                 SECOND_DTYPE=dtypes[2],
                 STOCHASTIC=stochastic_rounding,
                 UNIT_COLUMNS=all(p.column_stride == 1 for place in places_of_group for p in place),
                 ALIGNMENT=gcd(
-                    *(p.alignment(dim) for place in places_of_group for p in place[: 3 - formula["ROWWISE"]])
+                    *(p.alignment(dim) for place in places_of_group for p in place[: 3 - numbers["ROWWISE"]])
                 ),
                 ACCUMULATE=accumulate(sums.dtype),
                 D=dim,
@@ -356,200 +349,16 @@ def _lengths(tables: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _tables(weights: Sequence[Tensor]) -> tuple[Table, ...]:
-    return tuple(Table(*w.shape, w.dtype, Strided.of(w)) for w in weights)
+    return tuple(Table(w.shape[0], w.shape[1], w.dtype, Strided.of(w)) for w in weights)
 
 
-def _in_triton(dtype: torch.dtype) -> tl.dtype:
-    return getattr(tl, str(dtype).removeprefix("torch."))
-
-
-class _Entries(NamedTuple):
-    """The entries of all lookups, as many as there can be, in the order of lookups, and sorted by key."""
-
-    num: int
-    keys: Tensor  # sorted; the dead key of entries that are dead or do not exist
-    order: Tensor  # where they come from
-    cells: list[Tensor]  # for each sharer: where the bag of an entry has its cells
-    factors: Tensor | None  # fp32 or fp64; None: all are 1
-    positions: Tensor | None  # in their bags, int32; where there are maxima
-
-    def rows_of(self, plan: EntryPlan, group: Group) -> Tensor:
-        """The sorted keys, those of other groups dead."""
-        if len(plan.groups) == 1:
-            return self.keys
-        of_group = (self.keys >= group.first_key) & (self.keys < group.end_key)
-        return torch.where(of_group, self.keys, plan.dead_key)
-
-
-def _sorted_entries(
-    plan: EntryPlan,
-    grad_output: Tensor,
-    values: Tensor,
-    offsets: Tensor,
-    per_sample_weights: Tensor | None,
-    drop_invalid: bool,
-) -> _Entries:
-    num = plan.num_entries(offsets, len(values))
-    unsorted = values.new_full((num,), plan.dead_key, dtype=number_type(plan.dead_key))
-    if num == 0:
-        return _Entries(0, unsorted, unsorted, [], None, None)
-    cells = [values.new_empty(num, dtype=number_type(grad_output.numel())) for _ in plan.lookups]
-    factors = positions = None
-    if per_sample_weights is not None or plan.has_mean:
-        factors = grad_output.new_empty(num, dtype=torch.promote_types(grad_output.dtype, torch.float32))
-    if plan.has_max:
-        positions = values.new_empty(num, dtype=torch.int32)
-    directory, num_lookups, _ = plan.lookups[0]
-    starts = values.new_empty(num_lookups, dtype=torch.int64)
-    launch(
-        backward_kernels.embedding_bag_collection_entry_starts_kernel,
-        1,
-        *(starts, directory.get(), offsets, num_lookups, len(values), num),
-        LOOKUPS=LOOKUPS,
-        **ASSERTING,
-    )
-    for sharer, (directory, num_lookups, programs) in enumerate(plan.lookups):
-        launch(
-            backward_kernels.embedding_bag_collection_entries_kernel,
-            programs,
-            cells[sharer],
-            unsorted if sharer == 0 else None,
-            *((factors, positions) if sharer == 0 else (None, None)),
-            starts,
-            directory.get(),
-            values,
-            offsets,
-            per_sample_weights if sharer == 0 else None,
-            num_lookups,
-            len(offsets),
-            len(values),
-            num,
-            COUNT=sharer == 0 and (plan.has_mean or not drop_invalid),
-            DROP_INVALID=drop_invalid,
-            BAGS=BAGS,
-            ENTRIES=ENTRIES,
-            **ASSERTING,
-        )
-    keys, order = torch.sort(unsorted, stable=True)
-    return _Entries(num, keys, order, cells, factors, positions)
-
-
-def _sharers(plan: EntryPlan) -> Iterator[tuple[Group, Sharer]]:
-    return ((group, sharer) for group in plan.groups for sharer in group.sharers)
-
-
-class _Touched(NamedTuple):
-    """The rows that entries name, in ascending order, of one group of tables."""
-
-    keys: Tensor  # [most + 1], from the first to the last touched row, then the dead key
-    slots: Tensor  # for each sorted entry, its row's place in keys; ``most`` of a dead one
-    most: int  # rows that there can be
-
-
-def _touched_rows(rows: Tensor, dead_key: int, most: int) -> _Touched:
-    live = rows < dead_key
-    starts = live.clone()
-    starts[1:] &= rows[1:] != rows[:-1]
-    slots = torch.where(live, starts.cumsum(0) - 1, most)
-    keys = rows.new_full((most + 1,), dead_key).scatter_(0, slots, rows)
-    return _Touched(keys, slots, most)
-
-
-def _sums(
-    dim: int,
-    num_rows: int,
-    plan: EntryPlan,
-    group: Group,
-    sharer: Sharer,
-    touched: _Touched,
-    entries: _Entries,
-    grad_output: Tensor,
-    argmax: Tensor | None,
-    config: EmbeddingBagBackwardConfig | None,
-) -> Tensor:
-    """The summed gradients of touched rows, [num_rows, D] in fp32 or fp64; undefined after the last."""
-    sums = grad_output.new_empty(num_rows, dim, dtype=torch.promote_types(grad_output.dtype, torch.float32))
-    _sum_runs(
-        *(sums, None, sums.dtype, 1, dim),
-        *(plan, group, sharer, touched.slots, touched.most, entries, grad_output, argmax, config),
-    )
-    return sums
-
-
-def _sum_runs(
-    sums: Tensor | None,
-    directory: Tensor | None,
-    dtype: torch.dtype,
-    alignment: int,
-    dim: int,
-    plan: EntryPlan,
-    group: Group,
-    sharer: Sharer,
-    rows: Tensor,
-    num_rows: int,
-    entries: _Entries,
-    grad_output: Tensor,
-    argmax: Tensor | None,
-    config: EmbeddingBagBackwardConfig | None,
-) -> None:
-    """Write the sum of each run to its row, of ``sums`` or of the tables; ``num_rows`` marks a dead entry."""
-    if dim == 0:
-        return
-    config = checked(config) or EmbeddingBagBackwardConfig.default(dim, grad_output.dtype, group.is_max)
-    wide = torch.promote_types(grad_output.dtype, torch.float32)
-    terms = grad_output
-    of_entries: tuple[Tensor | None, ...] = (
-        entries.order,
-        entries.cells[sharer.number],
-        *((None, argmax, entries.positions) if group.is_max else (entries.factors, None, None)),
-    )
-    for num_terms in levels(len(rows), config.chunk):
-        num_chunks = triton.cdiv(num_terms, config.chunk)
-        pieces = grad_output.new_empty(2 * num_chunks, dim, dtype=wide)
-        targets = rows.new_empty(2 * num_chunks)
-        launch(
-            backward_kernels.embedding_bag_collection_backward_kernel,
-            triton.cdiv(num_chunks, config.chunks_per_program) * triton.cdiv(dim, config.block_d),
-            pieces,
-            targets,
-            sums,
-            directory,
-            None if sums is not None else plan.pages.get(),
-            terms,
-            rows,
-            *of_entries,
-            len(plan.first_keys),
-            plan.page_bits,
-            num_terms,
-            num_rows,
-            D=dim,
-            DTYPE=_in_triton(dtype),
-            ACCUMULATE=accumulate(wide),
-            ALIGNMENT=sharer.alignment,
-            ROW_ALIGNMENT=alignment,
-            BLOCK_D=config.block_d,
-            CHUNK=config.chunk,
-            CHUNKS=config.chunks_per_program,
-            ROWS=config.rows_in_flight,
-            num_warps=config.num_warps,
-        )
-        terms, rows, of_entries = pieces, targets, (None,) * 5
-
-
-def _formula(optimizer: int, hyperparameters: Tensor, step: int) -> dict[str, Any]:
+def formula(optimizer: int, hyperparameters: Tensor, step: int) -> dict[str, Any]:
     """What an optimizer's numbers and kind make of the arguments of the kernel."""
     lr, eps, beta1, beta2, weight_decay, decoupled, max_gradient, max_norm = hyperparameters.tolist()
+    corrections = (1 - beta1**step, 1 - beta2**step)
+    numbers = (lr, eps, 1 - beta1, 1 - beta2, *corrections, weight_decay, decoupled, max_gradient, max_norm)
     return {
-        "lr": lr,
-        "eps": eps,
-        "of_first_moment": 1 - beta1,
-        "of_second_moment": 1 - beta2,
-        "first_correction": 1 - beta1**step,
-        "second_correction": 1 - beta2**step,
-        "weight_decay": weight_decay,
-        "decoupled_weight_decay": decoupled,
-        "max_gradient": max_gradient,
-        "max_gradient_norm": max_norm,
+        **dict(zip(NUMBERS, numbers, strict=True)),
         "HAS_SUM": optimizer in (ADAGRAD, ROWWISE_ADAGRAD),
         "HAS_MOMENTS": optimizer in (ADAM, PARTIAL_ROWWISE_ADAM, LAMB),
         "ROWWISE": optimizer in (ROWWISE_ADAGRAD, PARTIAL_ROWWISE_ADAM),

@@ -106,9 +106,9 @@ def embedding_bag_collection_entries_kernel(
     in_lookup = tile * BAGS + tl.arange(0, BAGS)
     begin, end = bag_ranges(offsets_ptr, first_bag + in_lookup, first_bag + num_bags, num_offsets, num_values)
     if COUNT:
-        live = count_live(values_ptr, begin, end, num_rows, -1, DROP_INVALID, BAGS)
+        size = count_live(values_ptr, begin, end, num_rows, -1, DROP_INVALID, BAGS)
         is_mean = field(lookups_ptr, num_lookups, IS_MEAN, lookup) != 0
-        divisor = tl.where(is_mean, tl.maximum(live, 1), 1)[:, None]
+        divisor = tl.where(is_mean, tl.maximum(size, 1), 1)[:, None]
     start = field(lookups_ptr, num_lookups, START, lookup)
     cells = (start + in_lookup * field(lookups_ptr, num_lookups, STRIDE, lookup))[:, None]
     first_key = field(lookups_ptr, num_lookups, FIRST_KEY, lookup)
@@ -156,7 +156,7 @@ def _pointers_to_rows(
     first: tl.constexpr = ADDRESSES + 3 * TENSOR
     address = tl.load(tables + first * num_tables, mask=exists, other=0)
     address += rows * tl.load(tables + (first + 1) * num_tables, mask=exists, other=0) * size
-    return tl.multiple_of(address, ALIGNMENT * size).to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), ALIGNMENT * size)
 
 
 @triton.jit(do_not_specialize=_VARYING)

@@ -6,8 +6,10 @@ of each table. Programs are numbered lookup after lookup, in each by blocks of c
 by tiles of bags. Shapes in comments: BAGS side by side, BLOCK_D columns each.
 
 What all lookups of a class share is a compile-time constant, so that the compiler gets 16-byte
-loads where they exist: ALIGNMENT, a power of two, divides the addresses, strides and widths of
-its tables, in elements, OUTPUT_ALIGNMENT where their cells start in the output.
+loads where they exist: ALIGNMENT, a power of two, divides the addresses, row strides and widths of
+its tables, in elements, OUTPUT_ALIGNMENT where their cells start in the output. The directory has
+these strides, widths and starts as multiples of the constants: compilers trust a product, but
+forget what they are told about a number from memory.
 """
 # mypy: ignore-errors
 
@@ -65,7 +67,7 @@ def _bags_and_columns(
     program = tl.program_id(0).to(tl.int64) + first_program
     lookup = owner(lookups_ptr, num_lookups, program)
     tile = program - field(lookups_ptr, num_lookups, FIRST_PROGRAM, lookup)
-    dim = tl.multiple_of(field(lookups_ptr, num_lookups, DIM, lookup), ALIGNMENT)
+    dim = field(lookups_ptr, num_lookups, DIM, lookup) * ALIGNMENT
     columns = tl.arange(0, BLOCK_D)
     if SEVERAL_BLOCKS:
         blocks = tl.cdiv(dim, BLOCK_D)
@@ -78,11 +80,10 @@ def _bags_and_columns(
 @triton.jit
 def _table(lookups_ptr, num_lookups, lookup, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """Pointer to a table's first row, and elements from one row to the next."""
-    address = field(lookups_ptr, num_lookups, ADDRESS, lookup)
     size: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    table = tl.multiple_of(address, ALIGNMENT * size).to(tl.pointer_type(DTYPE))
-    row_stride = field(lookups_ptr, num_lookups, ROW_STRIDE, lookup)
-    return tl.multiple_of(table, ALIGNMENT * size), tl.multiple_of(row_stride, ALIGNMENT)
+    table = field(lookups_ptr, num_lookups, ADDRESS, lookup).to(tl.pointer_type(DTYPE))
+    row_stride = field(lookups_ptr, num_lookups, ROW_STRIDE, lookup) * ALIGNMENT
+    return tl.multiple_of(table, ALIGNMENT * size), row_stride
 
 
 @triton.jit
@@ -116,8 +117,8 @@ def _entries_of_bags(
 @triton.jit
 def _cells(lookups_ptr, num_lookups, lookup, bags, columns, ALIGNMENT: tl.constexpr):
     """Where bags have their cells in the output, [BAGS, BLOCK_D], and which bags exist, [BAGS, 1]."""
-    start = tl.multiple_of(field(lookups_ptr, num_lookups, START, lookup), ALIGNMENT)
-    stride = tl.multiple_of(field(lookups_ptr, num_lookups, STRIDE, lookup), ALIGNMENT)
+    start = field(lookups_ptr, num_lookups, START, lookup) * ALIGNMENT
+    stride = field(lookups_ptr, num_lookups, STRIDE, lookup) * ALIGNMENT
     in_lookup = bags - field(lookups_ptr, num_lookups, FIRST_BAG, lookup)
     exists = in_lookup < field(lookups_ptr, num_lookups, NUM_BAGS, lookup)
     return (start + in_lookup * stride)[:, None] + columns[None, :], exists[:, None]
@@ -228,7 +229,7 @@ def embedding_bag_collection_quantized_forward_kernel(
         *(COUNT, DROP_INVALID, BAGS),
     )
     table, row_stride = _table(lookups_ptr, num_lookups, lookup, tl.uint8, ALIGNMENT)
-    bytes_of_row = tl.multiple_of(field(lookups_ptr, num_lookups, DIM, lookup) // per_byte, ALIGNMENT)
+    bytes_of_row = field(lookups_ptr, num_lookups, DIM, lookup) * ALIGNMENT
     if SEVERAL_BLOCKS:
         in_bytes = tl.min(columns) // per_byte + tl.arange(0, BLOCK_D // per_byte)
         in_bytes = tl.multiple_of(in_bytes, BLOCK_D // per_byte)
@@ -312,7 +313,7 @@ def embedding_bag_collection_backward_per_sample_weights_kernel(
     table, row_stride = _table(lookups_ptr, num_lookups, lookup, DTYPE, ALIGNMENT)
     column_stride = 1 if UNIT_COLUMNS else field(lookups_ptr, num_lookups, COLUMN_STRIDE, lookup)
     cells, exists = _cells(lookups_ptr, num_lookups, lookup, bags, columns, OUTPUT_ALIGNMENT)
-    dim = tl.multiple_of(field(lookups_ptr, num_lookups, DIM, lookup), ALIGNMENT)
+    dim = field(lookups_ptr, num_lookups, DIM, lookup) * ALIGNMENT
     gradients = tl.load(grad_output_ptr + cells, mask=exists & in_row, other=0).to(ACCUMULATE)
     for first in range(0, tl.max(end - begin), ROWS):
         in_flight = ()

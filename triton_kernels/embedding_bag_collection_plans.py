@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from recsys_ops.embedding_bag_collection.reference import MAX, MEAN, Lookup
 from recsys_ops.triton_kernels import embedding_bag_collection_backward_kernels as backward_kernels
 from recsys_ops.triton_kernels import embedding_bag_collection_kernels as kernels
-from recsys_ops.triton_kernels.embedding_bag import BAGS, EmbeddingBagForwardConfig
+from recsys_ops.triton_kernels.embedding_bag import BAGS, LANES, EmbeddingBagForwardConfig
 
 _KEPT = 64  # plans of each sort
 _VECTOR_BYTES = 16
@@ -98,17 +98,18 @@ class Kept(Generic[_Plan]):
         self._in_graphs: dict[int, _Plan] = {}  # for as long as this process lives
 
     def __call__(self, device: torch.device, *key: Any) -> _Plan:
-        plan = self.plans.get((device, *key))
+        key = (device, *key)
+        plan = self.plans.get(key)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if plan is None:
-            plan = self.build(device, *key)
+            plan = self.build(*key)
             if capturing:
                 return plan
-            self.plans[device, *key] = plan
+            self.plans[key] = plan
             if len(self.plans) > _KEPT:
                 self.plans.popitem(last=False)
         else:
-            self.plans.move_to_end((device, *key))
+            self.plans.move_to_end(key)
             if capturing:
                 self._in_graphs[id(plan)] = plan
         return plan
@@ -150,7 +151,7 @@ def pooling_plan(
         lookups = tuple(lookup for lookup in lookups if lookup.mode != MAX)
     used = [lookup for lookup in lookups if lookup.num_bags > 0 and tables[lookup.table].dim > 0]
     chains = _chains(used) if disjoint else [0] * len(used)
-    alike: dict[Hashable, list[Lookup]] = {}
+    alike: dict[tuple[Hashable, int], list[Lookup]] = {}
     for lookup, chain in sorted(zip(used, chains, strict=True), key=lambda pair: -tables[pair[0].table].dim):
         table = tables[lookup.table]
         kind = (table.dtype, table.alignment, table.cells.column_stride == 1, lookup.mode == MAX, chain)
@@ -170,8 +171,9 @@ def _pooling_launch(
     config: EmbeddingBagForwardConfig | None,
 ) -> PoolingLaunch:
     widest = max((tables[lookup.table] for lookup in lookups), key=lambda table: table.dim)
-    config = config or EmbeddingBagForwardConfig.default(widest.dim, widest.dtype)
+    config = config or default_config(widest)
     block_d = max(config.block_d, widest.per_byte)
+    alignment, output_alignment = widest.alignment, alignment_of_cells(lookups)
     rows = []
     programs = 0
     for lookup in lookups:
@@ -183,7 +185,10 @@ def _pooling_launch(
                 "first_program": programs,
                 "is_mean": lookup.mode == MEAN,
                 "rows": table.rows,
-                "dim": table.dim,
+                "row_stride": table.cells.row_stride // alignment,
+                "dim": table.dim // (alignment * table.per_byte),
+                "start": lookup.start // output_alignment,
+                "stride": lookup.stride // output_alignment,
             }
         )
         if table.scales is not None:
@@ -194,8 +199,8 @@ def _pooling_launch(
     constants = {
         "UNIT_COLUMNS": widest.cells.column_stride == 1,
         "SEVERAL_BLOCKS": widest.dim > block_d,
-        "ALIGNMENT": widest.alignment,
-        "OUTPUT_ALIGNMENT": alignment_of_cells(lookups),
+        "ALIGNMENT": alignment,
+        "OUTPUT_ALIGNMENT": output_alignment,
         "BLOCK_D": block_d,
         "BAGS": config.bags_per_program,
         "ROWS": config.rows_in_flight,
@@ -211,6 +216,12 @@ def _pooling_launch(
         any(lookup.mode == MEAN for lookup in lookups),
         constants,
     )
+
+
+def default_config(widest: Table, lanes: int = LANES) -> EmbeddingBagForwardConfig:
+    """That of a table on its own; bytes that hold two columns are loaded 16 at a time, too."""
+    of_bytes = EmbeddingBagForwardConfig.default(widest.dim // widest.per_byte, widest.dtype, lanes)
+    return replace(of_bytes, block_d=of_bytes.block_d * widest.per_byte)
 
 
 def alignment_of_cells(lookups: Sequence[Lookup]) -> int:
@@ -292,7 +303,7 @@ def entry_plan(
         bags = tuple((lookup.mode, lookup.first_bag, lookup.num_bags) for lookup in found)
         shared.setdefault((num_rows[table], bags), []).append(table)
     # A group for sets of tables that are alike, each table like the one in the same place of the other sets.
-    grouped: dict[Hashable, list[list[int]]] = {}
+    grouped: dict[tuple[Hashable, bool], list[list[int]]] = {}
     for tables in shared.values():
         tables.sort(key=lambda table: repr(kinds[table]))
         kind = (tuple(kinds[table] for table in tables), of_table[tables[0]][0].mode == MAX)
@@ -302,7 +313,7 @@ def entry_plan(
     total = sum(num_rows[tables[0]] for tables in sets)
     page_bits = max(1, total // max(1, len(sets))).bit_length() - 1  # so there are but a few for each table
     pages: list[int] = []
-    first_keys = []
+    first_keys: list[int] = []
     groups = []
     for (_, is_max), members in grouped.items():
         first_key = len(pages) << page_bits
