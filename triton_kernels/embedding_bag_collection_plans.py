@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -219,9 +219,9 @@ def _pooling_launch(
 
 
 def default_config(widest: Table, lanes: int = LANES) -> EmbeddingBagForwardConfig:
-    """That of a table on its own; bytes that hold two columns are loaded 16 at a time, too."""
-    of_bytes = EmbeddingBagForwardConfig.default(widest.dim // widest.per_byte, widest.dtype, lanes)
-    return replace(of_bytes, block_d=of_bytes.block_d * widest.per_byte)
+    """That of a table on its own; codes are spread over lanes like the fp32 that they become."""
+    dtype = widest.dtype if widest.scales is None else torch.float32
+    return EmbeddingBagForwardConfig.default(widest.dim, dtype, lanes)
 
 
 def alignment_of_cells(lookups: Sequence[Lookup]) -> int:
