@@ -57,7 +57,7 @@ class EmbeddingBagForwardConfig:
     @cache
     def default(cls, dim: int, dtype: torch.dtype, lanes: int = LANES) -> EmbeddingBagForwardConfig:
         """One warp, each lane loading 16 bytes of a row: of one bag, or of several where rows are short."""
-        return cls(*_tile_of_a_warp(dim, dtype, lanes))
+        return cls(*tile_of_a_warp(dim, dtype, lanes))
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class EmbeddingBagBackwardConfig:
         cls, dim: int, dtype: torch.dtype, maximum: bool = False, lanes: int = LANES
     ) -> EmbeddingBagBackwardConfig:
         """As in the forward, chunks in the place of bags; of a maximum, positions fly beside the values."""
-        return cls(*_tile_of_a_warp(dim, dtype, lanes), rows_in_flight=4 if maximum else 8)
+        return cls(*tile_of_a_warp(dim, dtype, lanes), rows_in_flight=4 if maximum else 8)
 
 
 _Config = TypeVar("_Config", EmbeddingBagForwardConfig, EmbeddingBagBackwardConfig)
 
 
-def _tile_of_a_warp(dim: int, dtype: torch.dtype, lanes: int) -> tuple[int, int]:
+def tile_of_a_warp(dim: int, dtype: torch.dtype, lanes: int) -> tuple[int, int]:
     """Columns of a row, and rows side by side, that a warp loads by one instruction."""
     vector = _VECTOR_BYTES // dtype.itemsize
     columns = min(triton.next_power_of_2(dim), lanes * vector)
@@ -106,7 +106,7 @@ def _fits_registers(elements: int, num_warps: int) -> bool:
     return num_warps * LANES <= 1024 and elements <= 128 * LANES * num_warps
 
 
-def _checked(config: _Config | None) -> _Config | None:
+def checked(config: _Config | None) -> _Config | None:
     if config is not None and not config.is_valid:
         raise ValueError(f"embedding_bag: expected a valid configuration, got {config}")
     return config
@@ -222,9 +222,9 @@ def embedding_bag_backward_per_sample_weights(
     if dim == 0:
         return weight.new_zeros(len(indices))
     grad = weight.new_empty(len(indices))
-    config = _checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
+    config = checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
     block = config.bags_per_program * config.rows_in_flight
-    _launch(
+    launch(
         kernels.embedding_bag_backward_per_sample_weights_kernel,
         triton.cdiv(len(indices), block),
         grad,
@@ -239,7 +239,7 @@ def embedding_bag_backward_per_sample_weights(
         D=dim,
         ROW_STRIDE=weight.stride(0),
         COLUMN_STRIDE=weight.stride(1),
-        ACCUMULATE=_accumulate(weight.dtype),
+        ACCUMULATE=accumulate(weight.dtype),
         BLOCK_D=config.block_d,
         ENTRIES=block,
         num_warps=config.num_warps,
@@ -294,8 +294,8 @@ def _pool(
     if outputs[0].numel() == 0:
         return
     dim = weight.shape[1]
-    config = _checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
-    _launch(
+    config = checked(config) or EmbeddingBagForwardConfig.default(dim, weight.dtype)
+    launch(
         kernel,
         triton.cdiv(bags.num_bags, config.bags_per_program) * triton.cdiv(dim, config.block_d),
         *outputs,
@@ -309,7 +309,7 @@ def _pool(
         ROW_STRIDE=weight.stride(0),
         COLUMN_STRIDE=weight.stride(1),
         DROP_INVALID=bags.drop_invalid,
-        ACCUMULATE=_accumulate(weight.dtype),
+        ACCUMULATE=accumulate(weight.dtype),
         BLOCK_D=config.block_d,
         BAGS=config.bags_per_program,
         ROWS=config.rows_in_flight,
@@ -318,7 +318,7 @@ def _pool(
     )
 
 
-def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """Run that many programs on the device of the first argument, sliced where they exceed a grid."""
     with torch.cuda.device_of(args[0]):
         for first in range(0, programs, MAX_PROGRAMS):
@@ -328,12 +328,12 @@ def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
 def _find_entries(
     bags: _Bags, per_sample_weights: Tensor | None, mean: bool, always_factors: bool, dtype: torch.dtype
 ) -> _Entries:
-    keys = torch.full_like(bags.indices, bags.num_embeddings, dtype=_number_type(bags.num_embeddings))
-    numbers = torch.empty_like(bags.indices, dtype=_number_type(bags.num_bags))
+    keys = torch.full_like(bags.indices, bags.num_embeddings, dtype=number_type(bags.num_embeddings))
+    numbers = torch.empty_like(bags.indices, dtype=number_type(bags.num_bags))
     factors = None
     if per_sample_weights is not None or mean or always_factors:
         factors = torch.empty_like(bags.indices, dtype=torch.promote_types(dtype, torch.float32))
-    _launch(
+    launch(
         kernels.embedding_bag_entries_kernel,
         triton.cdiv(bags.num_bags, BAGS),
         keys,
@@ -352,7 +352,7 @@ def _find_entries(
     return _Entries(keys, numbers, factors)
 
 
-def _number_type(largest: int) -> torch.dtype:
+def number_type(largest: int) -> torch.dtype:
     return torch.int32 if largest < 2**31 else torch.int64
 
 
@@ -379,14 +379,14 @@ def _sum_runs(
     num_rows, dim = grad.shape
     if grad.numel() == 0 or len(rows) == 0:
         return
-    config = _checked(config) or EmbeddingBagBackwardConfig.default(dim, grad.dtype, argmax is not None)
+    config = checked(config) or EmbeddingBagBackwardConfig.default(dim, grad.dtype, argmax is not None)
     terms = grad_output
     of_entries: tuple[Tensor | None, ...] = (order, entries.bags, entries.factors, argmax, offsets)
-    for num_terms in _levels(len(rows), config.chunk):
+    for num_terms in levels(len(rows), config.chunk):
         num_chunks = triton.cdiv(num_terms, config.chunk)
         pieces = grad.new_empty(2 * num_chunks, dim, dtype=torch.promote_types(grad.dtype, torch.float32))
         targets = rows.new_empty(2 * num_chunks)
-        _launch(
+        launch(
             kernels.embedding_bag_backward_kernel,
             triton.cdiv(num_chunks, config.chunks_per_program) * triton.cdiv(dim, config.block_d),
             grad,
@@ -398,7 +398,7 @@ def _sum_runs(
             num_terms,
             num_rows,
             D=dim,
-            ACCUMULATE=_accumulate(grad.dtype),
+            ACCUMULATE=accumulate(grad.dtype),
             BLOCK_D=config.block_d,
             CHUNK=config.chunk,
             CHUNKS=config.chunks_per_program,
@@ -408,13 +408,13 @@ def _sum_runs(
         terms, rows, of_entries = pieces, targets, (None,) * 5
 
 
-def _levels(num_terms: int, chunk: int) -> list[int]:
+def levels(num_terms: int, chunk: int) -> list[int]:
     """How many terms each level sums: of every chunk, two pieces reach the next, until there is but one."""
-    levels = [num_terms]
-    while levels[-1] > chunk:
-        levels.append(2 * triton.cdiv(levels[-1], chunk))
-    return levels
+    counts = [num_terms]
+    while counts[-1] > chunk:
+        counts.append(2 * triton.cdiv(counts[-1], chunk))
+    return counts
 
 
-def _accumulate(dtype: torch.dtype) -> tl.dtype:
+def accumulate(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32

@@ -26,7 +26,7 @@ def _tile_and_block(first_program, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices):
+def bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices):
     """First entry and end of each bag, within the indices whatever the offsets say: int64."""
     exists = bags < num_bags
     bounded = bags + 1 < num_offsets
@@ -39,14 +39,14 @@ def _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices):
 
 
 @triton.jit
-def _live_rows(indices_ptr, entries, in_bag, num_embeddings, padding_idx):
+def live_rows(indices_ptr, entries, in_bag, num_embeddings, padding_idx):
     """Row numbers, and which of them are live."""
     rows = tl.load(indices_ptr + entries, mask=in_bag, other=-1).to(tl.int64)
     return rows, (rows >= 0) & (rows < num_embeddings) & (rows != padding_idx)
 
 
 @triton.jit
-def _count_live(
+def count_live(
     indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID: tl.constexpr, BAGS: tl.constexpr
 ):
     """Live entries of each bag, [BAGS], asserting that all are valid unless they may be dropped.
@@ -58,7 +58,7 @@ def _count_live(
     for first in range(0, tl.max(end - begin), ids):
         entries = begin[:, None] + first + tl.arange(0, ids)[None, :]
         inside = entries < end[:, None]
-        rows, live = _live_rows(indices_ptr, entries, inside, num_embeddings, padding_idx)
+        rows, live = live_rows(indices_ptr, entries, inside, num_embeddings, padding_idx)
         if not DROP_INVALID:
             valid = (rows >= 0) & (rows < num_embeddings)
             tl.device_assert(valid | ~inside, "embedding_bag: expected indices in [0, num_embeddings)")
@@ -67,12 +67,86 @@ def _count_live(
 
 
 @triton.jit
-def _divide(x, y):
+def divide(x, y):
     """Rounded to nearest; the plain division of fp32 is off by up to 2 ulp."""
     if x.dtype == tl.float32:
         return tl.div_rn(x, y)
     else:
         return x / y
+
+
+@triton.jit
+def sum_of_rows(
+    table,
+    row_stride,
+    in_row,
+    indices_ptr,
+    per_sample_weights_ptr,
+    begin,
+    end,
+    num_embeddings,
+    padding_idx,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Sum of the rows of each bag, added in order, of a table at the pointers to its first row."""
+    pooled = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
+    for first in range(0, tl.max(end - begin), ROWS):
+        in_flight = ()
+        factors = ()
+        for i in tl.static_range(ROWS):
+            entries = begin + (first + i)
+            rows, live = live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
+            in_flight += (
+                tl.load(table + (rows * row_stride)[:, None], mask=live[:, None] & in_row, other=0),
+            )
+            if per_sample_weights_ptr is not None:
+                factors += (tl.load(per_sample_weights_ptr + entries, mask=live, other=0),)
+        for i in tl.static_range(ROWS):
+            if per_sample_weights_ptr is None:
+                pooled += in_flight[i].to(ACCUMULATE)
+            else:
+                pooled += in_flight[i].to(ACCUMULATE) * factors[i].to(ACCUMULATE)[:, None]
+    return pooled
+
+
+@triton.jit
+def maximum_of_rows(
+    table,
+    row_stride,
+    in_row,
+    indices_ptr,
+    begin,
+    end,
+    num_embeddings,
+    padding_idx,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BAGS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Maximum of the rows of each bag and the position of its first occurrence, or 0 and -1."""
+    highest = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
+    argmax = tl.full([BAGS, BLOCK_D], -1, tl.int32)
+    for first in range(0, tl.max(end - begin), ROWS):
+        in_flight = ()
+        positions = ()
+        for i in tl.static_range(ROWS):
+            entries = begin + (first + i)
+            rows, live = live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
+            in_flight += (
+                tl.load(table + (rows * row_stride)[:, None], mask=live[:, None] & in_row, other=0),
+            )
+            positions += (tl.where(live, first + i, -1).to(tl.int32),)
+        for i in tl.static_range(ROWS):
+            values = in_flight[i].to(ACCUMULATE)
+            # A NaN compares as false, so it wins only where there is no maximum yet, and then stays.
+            better = (positions[i] >= 0)[:, None] & ((argmax < 0) | (values > highest))
+            highest = tl.where(better, values, highest)
+            argmax = tl.where(better, positions[i][:, None], argmax)
+    return highest, argmax
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -104,28 +178,15 @@ def embedding_bag_forward_kernel(
     columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
-    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    begin, end = bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
     if MEAN or not DROP_INVALID:
-        size = _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
-    pooled = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
-    for first in range(0, tl.max(end - begin), ROWS):
-        in_flight = ()
-        factors = ()
-        for i in tl.static_range(ROWS):
-            entries = begin + (first + i)
-            rows, live = _live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
-            in_flight += (
-                tl.load(table + (rows * ROW_STRIDE)[:, None], mask=live[:, None] & in_row, other=0),
-            )
-            if per_sample_weights_ptr is not None:
-                factors += (tl.load(per_sample_weights_ptr + entries, mask=live, other=0),)
-        for i in tl.static_range(ROWS):
-            if per_sample_weights_ptr is None:
-                pooled += in_flight[i].to(ACCUMULATE)
-            else:
-                pooled += in_flight[i].to(ACCUMULATE) * factors[i].to(ACCUMULATE)[:, None]
+        size = count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+    pooled = sum_of_rows(
+        *(table, ROW_STRIDE, in_row, indices_ptr, per_sample_weights_ptr, begin, end),
+        *(num_embeddings, padding_idx, ACCUMULATE, BLOCK_D, BAGS, ROWS),
+    )
     if MEAN:
-        pooled = _divide(pooled, tl.maximum(size, 1).to(ACCUMULATE)[:, None])
+        pooled = divide(pooled, tl.maximum(size, 1).to(ACCUMULATE)[:, None])
     cells = (bags * D)[:, None] + columns[None, :]
     tl.store(output_ptr + cells, pooled, mask=(bags < num_bags)[:, None] & in_row)
 
@@ -158,27 +219,13 @@ def embedding_bag_max_forward_kernel(
     columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     table = weight_ptr + (columns * COLUMN_STRIDE)[None, :]
-    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    begin, end = bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
     if not DROP_INVALID:
-        _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
-    highest = tl.zeros([BAGS, BLOCK_D], ACCUMULATE)
-    argmax = tl.full([BAGS, BLOCK_D], -1, tl.int32)
-    for first in range(0, tl.max(end - begin), ROWS):
-        in_flight = ()
-        positions = ()
-        for i in tl.static_range(ROWS):
-            entries = begin + (first + i)
-            rows, live = _live_rows(indices_ptr, entries, entries < end, num_embeddings, padding_idx)
-            in_flight += (
-                tl.load(table + (rows * ROW_STRIDE)[:, None], mask=live[:, None] & in_row, other=0),
-            )
-            positions += (tl.where(live, first + i, -1).to(tl.int32),)
-        for i in tl.static_range(ROWS):
-            values = in_flight[i].to(ACCUMULATE)
-            # A NaN compares as false, so it wins only where there is no maximum yet, and then stays.
-            better = (positions[i] >= 0)[:, None] & ((argmax < 0) | (values > highest))
-            highest = tl.where(better, values, highest)
-            argmax = tl.where(better, positions[i][:, None], argmax)
+        count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+    highest, argmax = maximum_of_rows(
+        *(table, ROW_STRIDE, in_row, indices_ptr, begin, end),
+        *(num_embeddings, padding_idx, ACCUMULATE, BLOCK_D, BAGS, ROWS),
+    )
     cells = (bags * D)[:, None] + columns[None, :]
     mask = (bags < num_bags)[:, None] & in_row
     tl.store(output_ptr + cells, highest, mask=mask)
@@ -206,12 +253,12 @@ def embedding_bag_entries_kernel(
 ):
     """Row, bag and factor of each live entry: the factor is its weight, over the bag's size for a mean."""
     bags = (tl.program_id(0).to(tl.int64) + first_program) * BAGS + tl.arange(0, BAGS)
-    begin, end = _bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
+    begin, end = bag_ranges(offsets_ptr, bags, num_bags, num_offsets, num_indices)
     if MEAN or not DROP_INVALID:
-        size = _count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
+        size = count_live(indices_ptr, begin, end, num_embeddings, padding_idx, DROP_INVALID, BAGS)
     for first in range(0, tl.max(end - begin), ENTRIES):
         entries = begin[:, None] + first + tl.arange(0, ENTRIES)[None, :]
-        rows, live = _live_rows(indices_ptr, entries, entries < end[:, None], num_embeddings, padding_idx)
+        rows, live = live_rows(indices_ptr, entries, entries < end[:, None], num_embeddings, padding_idx)
         tl.store(keys_ptr + entries, rows, mask=live)
         tl.store(bags_ptr + entries, tl.broadcast_to(bags[:, None], [BAGS, ENTRIES]), mask=live)
         if factors_ptr is not None:
@@ -219,14 +266,61 @@ def embedding_bag_entries_kernel(
             if per_sample_weights_ptr is not None:
                 factors = tl.load(per_sample_weights_ptr + entries, mask=live, other=0).to(factors.dtype)
             if MEAN:
-                factors = _divide(factors, tl.maximum(size, 1).to(factors.dtype)[:, None])
+                factors = divide(factors, tl.maximum(size, 1).to(factors.dtype)[:, None])
             tl.store(factors_ptr + entries, factors, mask=live)
 
 
 @triton.jit
-def _load_rows(rows_ptr, positions, num_terms, num_rows):
+def load_rows(rows_ptr, positions, num_terms, num_rows):
     """Rows of sorted terms; ``num_rows``, the mark of a dead term, before the first and after the last."""
     return tl.load(rows_ptr + positions, mask=(positions >= 0) & (positions < num_terms), other=num_rows)
+
+
+@triton.jit
+def first_row_of_chunk(rows_ptr, begin, num_terms, num_rows):
+    """Row of a chunk's first term, and whether its run started in the chunk before."""
+    first_row = load_rows(rows_ptr, begin, num_terms, num_rows)
+    return first_row, (first_row < num_rows) & (
+        first_row == load_rows(rows_ptr, begin - 1, num_terms, num_rows)
+    )
+
+
+@triton.jit
+def end_of_run(row, next_row, first_row, starts_before, num_rows):
+    """Whether a term belongs to the run that started before its chunk, and whether it ends a run."""
+    return starts_before & (row == first_row), (row < num_rows) & (row != next_row)
+
+
+@triton.jit
+def store_pieces(
+    pieces_ptr,
+    targets_ptr,
+    rows_ptr,
+    chunks,
+    columns,
+    is_first_block,
+    run,
+    first_run,
+    first_row,
+    starts_before,
+    num_terms,
+    num_rows,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """What a chunk leaves of the runs that cross its ends, see ``embedding_bag_backward_kernel``."""
+    begin = chunks * CHUNK
+    in_row = (columns < D)[None, :]
+    last_row = load_rows(rows_ptr, begin + CHUNK - 1, num_terms, num_rows)
+    goes_on = (last_row < num_rows) & (last_row == load_rows(rows_ptr, begin + CHUNK, num_terms, num_rows))
+    is_inside_a_run = starts_before & (last_row == first_row)
+    pieces = pieces_ptr + (chunks * 2 * D)[:, None] + columns[None, :]
+    tl.store(pieces, first_run, mask=starts_before[:, None] & in_row)
+    tl.store(pieces + D, tl.where(is_inside_a_run[:, None], 0, run), mask=goes_on[:, None] & in_row)
+    targets = targets_ptr + chunks * 2
+    exists = (begin < num_terms) & is_first_block
+    tl.store(targets, tl.where(starts_before, first_row, num_rows), mask=exists)
+    tl.store(targets + 1, tl.where(goes_on, last_row, num_rows), mask=exists)
 
 
 @triton.jit(do_not_specialize=_VARYING)
@@ -264,14 +358,11 @@ def embedding_bag_backward_kernel(
     columns = block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = (columns < D)[None, :]
     begin = chunks * CHUNK
-    first_row = _load_rows(rows_ptr, begin, num_terms, num_rows)
-    starts_before = (first_row < num_rows) & (
-        first_row == _load_rows(rows_ptr, begin - 1, num_terms, num_rows)
-    )
+    first_row, starts_before = first_row_of_chunk(rows_ptr, begin, num_terms, num_rows)
     run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
     first_run = tl.zeros([CHUNKS, BLOCK_D], ACCUMULATE)
     for first in range(0, CHUNK, ROWS):
-        rows = (_load_rows(rows_ptr, begin + first, num_terms, num_rows),)
+        rows = (load_rows(rows_ptr, begin + first, num_terms, num_rows),)
         in_flight = ()
         factors = ()
         for i in tl.static_range(ROWS):
@@ -291,28 +382,21 @@ def embedding_bag_backward_kernel(
                 winner = tl.load(argmax_ptr + cells, mask=live[:, None] & in_row, other=-1)
                 values = tl.where(winner == position_in_bag[:, None], values, 0)
             in_flight += (values,)
-            rows += (_load_rows(rows_ptr, positions + 1, num_terms, num_rows),)
+            rows += (load_rows(rows_ptr, positions + 1, num_terms, num_rows),)
         for i in tl.static_range(ROWS):
             if factors_ptr is None:
                 run += in_flight[i].to(ACCUMULATE)
             else:
                 run += in_flight[i].to(ACCUMULATE) * factors[i][:, None]
-            in_first_run = starts_before & (rows[i] == first_row)
-            ends = (rows[i] < num_rows) & (rows[i] != rows[i + 1])
+            in_first_run, ends = end_of_run(rows[i], rows[i + 1], first_row, starts_before, num_rows)
             target = grad_weight_ptr + (rows[i].to(tl.int64) * D)[:, None] + columns[None, :]
             tl.store(target, run, mask=(ends & ~in_first_run)[:, None] & in_row)
             first_run = tl.where(in_first_run[:, None], run, first_run)
             run = tl.where(ends[:, None], 0, run)
-    last_row = _load_rows(rows_ptr, begin + CHUNK - 1, num_terms, num_rows)
-    goes_on = (last_row < num_rows) & (last_row == _load_rows(rows_ptr, begin + CHUNK, num_terms, num_rows))
-    is_inside_a_run = starts_before & (last_row == first_row)
-    pieces = pieces_ptr + (chunks * 2 * D)[:, None] + columns[None, :]
-    tl.store(pieces, first_run, mask=starts_before[:, None] & in_row)
-    tl.store(pieces + D, tl.where(is_inside_a_run[:, None], 0, run), mask=goes_on[:, None] & in_row)
-    targets = targets_ptr + chunks * 2
-    exists = (begin < num_terms) & (block == 0)
-    tl.store(targets, tl.where(starts_before, first_row, num_rows), mask=exists)
-    tl.store(targets + 1, tl.where(goes_on, last_row, num_rows), mask=exists)
+    store_pieces(
+        *(pieces_ptr, targets_ptr, rows_ptr, chunks, columns, block == 0, run, first_run),
+        *(first_row, starts_before, num_terms, num_rows, D, CHUNK),
+    )
 
 
 @triton.jit(do_not_specialize=_VARYING)

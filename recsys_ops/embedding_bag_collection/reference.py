@@ -189,6 +189,17 @@ def embedding_bag_collection_update(
         )
 
 
+def check_lookups(
+    num_rows: Sequence[int], values: Tensor, offsets: Tensor, lookups: Tensor, drop_invalid: bool
+) -> None:
+    """Raise RuntimeError for offsets that do not describe the bags of a lookup, or a value that is refused.
+
+    ``num_rows`` are those of each table. Reads the values, so on a GPU it waits for them.
+    """
+    for lookup in each_lookup(lookups):
+        _check_values(lookup, values, offsets, num_rows[lookup.table], drop_invalid)
+
+
 def each_lookup(lookups: Tensor) -> Iterator[Lookup]:
     return (Lookup(*row) for row in lookups.tolist())
 

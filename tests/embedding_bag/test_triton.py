@@ -251,12 +251,12 @@ def test_a_giant_run_among_others(
 
 
 def test_levels() -> None:
-    assert kernels._levels(1, 32) == [1]
-    assert kernels._levels(32, 32) == [32]
-    assert kernels._levels(33, 32) == [33, 4]
-    assert kernels._levels(10**6, 32) == [10**6, 62_500, 3_908, 246, 16]
+    assert kernels.levels(1, 32) == [1]
+    assert kernels.levels(32, 32) == [32]
+    assert kernels.levels(33, 32) == [33, 4]
+    assert kernels.levels(10**6, 32) == [10**6, 62_500, 3_908, 246, 16]
     for chunk, num_terms in itertools.product((4, 8, 32), (*range(1, 100), 2**31 - 1)):
-        levels = kernels._levels(num_terms, chunk)
+        levels = kernels.levels(num_terms, chunk)
         assert levels[-1] <= chunk and len(levels) <= 32
         assert all(after == 2 * -(-before // chunk) for before, after in itertools.pairwise(levels))
 
@@ -322,7 +322,7 @@ def test_more_programs_than_a_grid_takes() -> None:
 
     limit = kernels.MAX_PROGRAMS
     assert limit < 2**31
-    kernels._launch(Kernel(), 2 * limit + 5, torch.empty(0, device=DEVICE))
+    kernels.launch(Kernel(), 2 * limit + 5, torch.empty(0, device=DEVICE))
     assert found == [(0, limit), (limit, limit), (2 * limit, 5)]
 
 
@@ -388,7 +388,7 @@ def test_programs_past_two_to_the_31() -> None:
         COLUMN_STRIDE=1,
         MEAN=False,
         DROP_INVALID=True,
-        ACCUMULATE=kernels._accumulate(weight.dtype),
+        ACCUMULATE=kernels.accumulate(weight.dtype),
         BLOCK_D=1,
         BAGS=1,
         ROWS=1,
