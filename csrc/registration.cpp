@@ -7,6 +7,7 @@
 #include <exception>
 
 #include "common/eager.h"
+#include "common/huge_pages.h"
 #include "common/simd_level.h"
 #include "embedding_bag/embedding_bag_eager.h"
 #include "embedding_bag_collection/embedding_bag_collection_eager.h"
@@ -88,10 +89,20 @@ PyObject* set_simd_level(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+PyObject* ask_for_huge_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address, bytes;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) {
+    return nullptr;
+  }
+  recsys_ops::ask_for_huge_pages(static_cast<uintptr_t>(address), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"simd_levels", simd_levels, METH_NOARGS, "Levels that this machine can run, best first."},
     {"simd_level", simd_level, METH_NOARGS, "The level in use."},
     {"set_simd_level", set_simd_level, METH_O, "Use another level."},
+    {"ask_for_huge_pages", ask_for_huge_pages, METH_VARARGS, "Of memory not used yet: its address and bytes."},
     {"bind_eager", recsys_ops::eager::bind, METH_VARARGS, "Name the types of plain tensors."},
     {"bind_eager_device",
      recsys_ops::embedding_bag::bind_eager_device,

@@ -61,6 +61,14 @@ def simd_levels() -> list[str]:
     return list(_module.simd_levels()) if _module else []
 
 
+def empty_table(*shape: int, dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """``torch.empty``, on the CPU in large pages where the system gives them to who asks."""
+    table = torch.empty(*shape, dtype=dtype, device=device)
+    if table.is_cpu and type(table) is torch.Tensor and _module is not None:
+        _module.ask_for_huge_pages(table.data_ptr(), table.nbytes)
+    return table
+
+
 @contextlib.contextmanager
 def use_simd_level(name: str) -> Iterator[None]:
     """Run the compiled kernels at another SIMD level; for the whole process, so for tests.

@@ -259,8 +259,8 @@ def _mix(x):
 
 
 @triton.jit
-def _dithered(x, DTYPE: tl.constexpr, salt, tensors, rows, columns):
-    """x [ROWS, BLOCK_D], for a half type plus less than half a unit in its last place, by chance."""
+def _rounded(x, DTYPE: tl.constexpr, salt, tensors, rows, columns):
+    """x [ROWS, BLOCK_D], for a half type rounded to it up or down by chance."""
     if DTYPE.primitive_bitwidth > 16:
         return x
     else:
@@ -272,8 +272,10 @@ def _dithered(x, DTYPE: tl.constexpr, salt, tensors, rows, columns):
         bits = _mix(key[:, None] + columns.to(tl.uint32) * 0x9E3779B9) >> 20
         exponent = x.to(tl.float32).to(tl.uint32, bitcast=True) & 0x7F800000
         ulp = tl.maximum(exponent.to(tl.float32, bitcast=True) * eps, smallest)
-        noise = (bits.to(tl.int32).to(tl.float32) - 2047.5) / 4096 * ulp
-        return x + tl.where(exponent == 0x7F800000, 0, noise).to(x.dtype)
+        noise = (bits.to(tl.int32).to(tl.float32) - 2047.5) / 4096
+        integers: tl.constexpr = 1.5 * 2.0**23  # from here on floats are integers
+        in_units = (divide(x.to(tl.float32), ulp) + noise + integers) - integers
+        return tl.where(exponent == 0x7F800000, x, (in_units * ulp).to(x.dtype))
 
 
 @triton.jit
@@ -387,7 +389,7 @@ def embedding_bag_collection_update_kernel(
         s = tl.load(s_ptr, mask=of_state, other=0).to(ACCUMULATE) + square
         u = divide(g, _root(s) + tl.cast(eps, ACCUMULATE))
         if STOCHASTIC:
-            s = _dithered(s, FIRST_DTYPE, salt, tensors + 1, rows, state_columns)
+            s = _rounded(s, FIRST_DTYPE, salt, tensors + 1, rows, state_columns)
         tl.store(s_ptr, s.to(FIRST_DTYPE), mask=of_state)
     if HAS_MOMENTS:
         m_ptr = _pointers_to_cells(*where, columns, 1, FIRST_DTYPE, UNIT_COLUMNS, ALIGNMENT)
@@ -399,8 +401,8 @@ def embedding_bag_collection_update_kernel(
         root = _root(divide(v, tl.cast(second_correction, ACCUMULATE)))
         u = divide(divide(m, tl.cast(first_correction, ACCUMULATE)), root + tl.cast(eps, ACCUMULATE))
         if STOCHASTIC:
-            m = _dithered(m, FIRST_DTYPE, salt, tensors + 1, rows, columns)
-            v = _dithered(v, SECOND_DTYPE, salt, tensors + 2, rows, state_columns)
+            m = _rounded(m, FIRST_DTYPE, salt, tensors + 1, rows, columns)
+            v = _rounded(v, SECOND_DTYPE, salt, tensors + 2, rows, state_columns)
         tl.store(m_ptr, m.to(FIRST_DTYPE), mask=mask)
         tl.store(v_ptr, v.to(SECOND_DTYPE), mask=of_state)
     u += tl.cast(decoupled_weight_decay, ACCUMULATE) * w
@@ -412,5 +414,5 @@ def embedding_bag_collection_update_kernel(
         step *= tl.where(both, divide(of_w, tl.where(both, of_u, 1)), 1)
     w -= step * u
     if STOCHASTIC:
-        w = _dithered(w, DTYPE, salt, tensors, rows, columns)
+        w = _rounded(w, DTYPE, salt, tensors, rows, columns)
     tl.store(w_ptr, w.to(DTYPE), mask=mask)

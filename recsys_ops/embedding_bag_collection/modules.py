@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_ops._extension import empty_table
 from recsys_ops.embedding_bag_collection import keyed
 from recsys_ops.embedding_bag_collection.api import (
     FLOATS,
@@ -94,7 +95,7 @@ class _Table(torch.nn.Module):
 
     def __init__(self, config: TableConfig, device: torch.device | str | None, trained: bool) -> None:
         super().__init__()
-        weight = torch.empty(config.num_embeddings, config.embedding_dim, dtype=config.dtype, device=device)
+        weight = empty_table(config.num_embeddings, config.embedding_dim, dtype=config.dtype, device=device)
         self.weight = torch.nn.Parameter(weight, requires_grad=trained)
         self.config = config
 

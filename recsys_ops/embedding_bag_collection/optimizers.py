@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from recsys_ops._extension import empty_table
 from recsys_ops.embedding_bag_collection import row_optimizers
 from recsys_ops.embedding_bag_collection.autograd import FusedUpdate
 from recsys_ops.embedding_bag_collection.row_optimizers import STATES
@@ -225,9 +226,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         for weight in self.weights:
             dtype = torch.float64 if weight.dtype == torch.float64 else self.config.state_dtype
             self.state[weight] = {"step": self.count} | {
-                name: torch.zeros(
-                    weight.shape[:1] if rowwise else weight.shape, dtype=dtype, device=weight.device
-                )
+                name: empty_table(
+                    *(weight.shape[:1] if rowwise else weight.shape), dtype=dtype, device=weight.device
+                ).zero_()
                 for name, rowwise in STATES[self.config.kind].items()
             }
 
