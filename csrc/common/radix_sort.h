@@ -24,8 +24,9 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int
     const uint64_t mask = static_cast<uint64_t>(buckets - 1);
     places.assign(tasks * buckets, 0);
     run_tasks(tasks, [&](int64_t task) {
-      int64_t* counts = places.data() + task * buckets;
-      for (int64_t i = size * task / tasks; i < size * (task + 1) / tasks; ++i) {
+      int64_t* const counts = places.data() + task * buckets;
+      const int64_t end = size * (task + 1) / tasks;
+      for (int64_t i = size * task / tasks; i < end; ++i) {
         ++counts[keys[i] >> shift & mask];
       }
     });
@@ -38,9 +39,13 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int
       }
     }
     run_tasks(tasks, [&](int64_t task) {
-      int64_t* next = places.data() + task * buckets;
-      for (int64_t i = size * task / tasks; i < size * (task + 1) / tasks; ++i) {
-        scratch[next[keys[i] >> shift & mask]++] = keys[i];
+      int64_t* const next = places.data() + task * buckets;
+      const uint64_t* const from = keys;
+      uint64_t* const to = scratch;
+      const int64_t end = size * (task + 1) / tasks;
+      for (int64_t i = size * task / tasks; i < end; ++i) {
+        const uint64_t key = from[i];
+        to[next[key >> shift & mask]++] = key;
       }
     });
     std::swap(keys, scratch);

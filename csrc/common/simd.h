@@ -194,6 +194,18 @@ inline void store(Half* to, Vector<float, LANES> v) {
   }
 }
 
+// Adds up halves, so that few sums wait for others.
+template <int LANES, class A>
+RECSYS_OPS_INLINE A sum_of(Vector<A, LANES> v) {
+  if constexpr (LANES == 1) {
+    return v[0];
+  } else {
+    Vector<A, LANES / 2> halves[2];
+    __builtin_memcpy(halves, &v, sizeof(v));
+    return sum_of<LANES / 2, A>(halves[0] + halves[1]);
+  }
+}
+
 template <int LANES, class V>
 inline V square_root(V v) {
 #if defined(__AVX512F__)

@@ -15,10 +15,7 @@ RECSYS_OPS_INLINE Accumulate<T> dot(const Entries& entries, const T* row, const 
   for (; d + LANES <= dim; d += LANES) {
     partial += entries.template load_at<LANES>(row, d) * load_as<LANES, A>(with.dtype, with.data, from + d);
   }
-  A total = 0;
-  for (int lane = 0; lane < LANES; ++lane) {
-    total += partial[lane];
-  }
+  A total = sum_of<LANES, A>(partial);
   for (; d < dim; ++d) {
     total += entries.template load_at<1>(row, d)[0] * load_as<1, A>(with.dtype, with.data, from + d)[0];
   }

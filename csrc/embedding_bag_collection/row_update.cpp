@@ -26,14 +26,23 @@ RECSYS_OPS_INLINE void for_each_part(int64_t dim, const F& f, int64_t column = 0
   }
 }
 
-template <int LANES, class A>
-RECSYS_OPS_INLINE A sum_of(Vector<A, LANES> v) {
-  A total = 0;
-  for (int lane = 0; lane < LANES; ++lane) {
-    total += v[lane];
+// A sum over the parts of a row.
+template <class A, int LANES>
+struct Sum {
+  Vector<A, LANES> full{};
+  A rest = 0;
+
+  template <int N>
+  RECSYS_OPS_INLINE void add(Vector<A, N> terms) {
+    if constexpr (N == LANES) {
+      full += terms;
+    } else {
+      rest += sum_of<N, A>(terms);
+    }
   }
-  return total;
-}
+
+  RECSYS_OPS_INLINE A total() const { return sum_of<LANES, A>(full) + rest; }
+};
 
 // The finaliser of MurmurHash3.
 template <class U>
@@ -136,12 +145,12 @@ void update_row(const Step& step, const TrainedTable& table, int64_t row, Accumu
     };
     A factor = 1;
     if (std::isfinite(step.max_gradient_norm)) {
-      A squares = 0;
+      Sum<A, lanes> squares;
       for_each_part<lanes>(dim, [&](auto n, int64_t d) __attribute__((always_inline)) {
         const auto value = clamped(n, d);
-        squares += sum_of<n.value, A>(value * value);
+        squares.template add<n.value>(value * value);
       });
-      const A norm = std::sqrt(squares);
+      const A norm = std::sqrt(squares.total());
       factor = norm <= most_norm ? A{1} : most_norm / norm;  // NaN if the norm is
     }
     for_each_part<lanes>(dim, [&](auto n, int64_t d) __attribute__((always_inline)) {
@@ -151,13 +160,13 @@ void update_row(const Step& step, const TrainedTable& table, int64_t row, Accumu
 
   A row_scale = 1;  // of a row-wise state
   if constexpr (rowwise) {
-    A squares = 0;
+    Sum<A, lanes> squares;
     for_each_part<lanes>(dim, [&](auto n, int64_t d) __attribute__((always_inline)) {
       const auto value = load<n.value>(g + d);
-      squares += sum_of<n.value, A>(value * value);
+      squares.template add<n.value>(value * value);
     });
     const auto of_row = state(has_sum ? 0 : 1, true);
-    const A before = of_row.template load_at<1>(0)[0], mean = squares / static_cast<A>(dim > 0 ? dim : 1);
+    const A before = of_row.template load_at<1>(0)[0], mean = squares.total() / static_cast<A>(dim > 0 ? dim : 1);
     const A after = has_sum ? before + mean : before + rest2 * (mean - before);
     of_row.template store_at<1>(0, Vector<A, 1>{after});
     row_scale = 1 / (std::sqrt(has_sum ? after : after / correction2) + eps);
@@ -193,14 +202,15 @@ void update_row(const Step& step, const TrainedTable& table, int64_t row, Accumu
 
   A rate = lr;
   if constexpr (OPTIMIZER == Optimizer::lamb) {
-    A of_weight = 0, of_direction = 0;
+    Sum<A, lanes> weights, directions;
     for_each_part<lanes>(dim, [&](auto n, int64_t d) __attribute__((always_inline)) {
       const auto value = w.template load_at<n.value>(d);
       const auto u = direction(n, d);
       store<n.value>(g + d, u);
-      of_weight += sum_of<n.value, A>(value * value);
-      of_direction += sum_of<n.value, A>(u * u);
+      weights.template add<n.value>(value * value);
+      directions.template add<n.value>(u * u);
     });
+    const A of_weight = weights.total(), of_direction = directions.total();
     if (of_weight > 0 && of_direction > 0) {
       rate = lr * (std::sqrt(of_weight) / std::sqrt(of_direction));
     }
