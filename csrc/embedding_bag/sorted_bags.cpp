@@ -61,23 +61,31 @@ bool SortedBags::sort(
         if (start_of) {
           start_of[bag] = source + begin - start;
         }
+        const int64_t moved = source - start;
         int64_t live = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t index = bags.indices[i], at = source + i - start;
-          const bool counts = bags.live(index);
-          good &= counts || bags.drop_invalid || bags.valid(index);
-          key_of[at] = key(counts ? index : rows, by_position ? at : bag);
-          if (by_position) {
-            bag_at[at] = static_cast<uint32_t>(bag);
+        const auto number = [&](const auto* indices) {
+          for (int64_t i = begin; i < end; ++i) {
+            const int64_t index = indices[i];
+            const bool valid = static_cast<uint64_t>(index) < rows, counts = valid && index != bags.padding_idx;
+            good &= valid || bags.drop_invalid;
+            key_of[i + moved] = key(counts ? index : rows, by_position ? i + moved : bag);
+            live += counts;
           }
-          live += counts;
+        };
+        if (bags.indices.wide) {
+          number(static_cast<const int64_t*>(bags.indices.data));
+        } else {
+          number(static_cast<const int32_t*>(bags.indices.data));
+        }
+        if (by_position) {
+          std::fill(bag_at + begin + moved, bag_at + end + moved, static_cast<uint32_t>(bag));
         }
         const double scale = mean && live > 0 ? 1.0 / static_cast<double>(live) : 1.0;
         if (scale_of) {
           scale_of[bag] = scale;
         }
         for (int64_t i = begin; factor_of && i < end; ++i) {
-          const int64_t at = source + i - start;
+          const int64_t at = i + moved;
           if (is_double) {
             factor_of[at] = factor_at<double>(given, i) * scale;
           } else {
