@@ -48,14 +48,14 @@ struct Rounding {
     }
   }
 
-  // What is added to a value before it is rounded to nearest.
-  __device__ float dither(float value, DType dtype, int64_t column) const {
+  // The nearest multiple of the value's unit in the last place, with a random part of one added before.
+  __device__ float rounded(float value, DType dtype, int64_t column) const {
     const bool half = dtype == DType::float16;
-    const float magnitude = __uint_as_float(__float_as_uint(value) & 0x7f800000);  // a power of two
-    const float last_place = fmaxf(magnitude * (half ? 0x1p-10f : 0x1p-7f), half ? 0x1p-24f : 0x1p-133f);
+    const float magnitude = __uint_as_float(__float_as_uint(value) & 0x7f800000);  // a power of two, or 0
+    const float unit = fmaxf(magnitude * (half ? 0x1p-10f : 0x1p-7f), half ? 0x1p-24f : 0x1p-133f);
     const unsigned bits = mix(key + static_cast<unsigned>(column) * 0x9e3779b9u) >> 20;
-    const float noise = (static_cast<float>(bits) - 2047.5f) / 4096.0f * last_place;
-    return magnitude < INFINITY ? noise : 0.0f;
+    const float noise = (static_cast<float>(bits) - 2047.5f) / 4096.0f;
+    return magnitude < INFINITY ? rintf(value / unit + noise) * unit : value;
   }
 };
 
@@ -92,7 +92,7 @@ __device__ void write(const Parameter& to, int64_t at, Pack<float, N> values, co
   if (rounding.stochastic) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      values[k] += rounding.dither(values[k], to.dtype, column + k);
+      values[k] = rounding.rounded(values[k], to.dtype, column + k);
     }
   }
   store_as<N>({to.dtype, to.data}, at, values);
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
       const int tensor = step.is_adam() ? 2 : 1;
       const bool has_state = exists && group.lane == 0;
       const A state = has_state ? read<1>(table.tensors[tensor], row.at(tensor, 0), A{})[0] : A{0};
-      row.row_second = row.accumulated(group.broadcast(state, 0), squares / static_cast<A>(dim));
+      row.row_second = row.accumulated(group.broadcast(state, 0), squares / static_cast<A>(dim > 0 ? dim : 1));
       if (has_state) {
         const Parameter& to = table.tensors[tensor];
         write<1>(

@@ -66,10 +66,12 @@ def _check_bags(call: SimpleNamespace) -> None:
 
 
 def _check_lookups(call: SimpleNamespace) -> None:
-    from recsys_ops.embedding_bag_collection.reference import check_values
+    from recsys_ops.embedding_bag_collection.reference import _check_values, each_lookup
 
     tables = call.codes if hasattr(call, "codes") else call.weights
-    check_values(call.values, call.offsets, [len(table) for table in tables], call.lookups, call.drop_invalid)
+    for lookup in each_lookup(call.lookups):
+        rows = tables[lookup.table].shape[0]
+        _check_values(lookup, call.values, call.offsets, rows, call.drop_invalid)
 
 
 VALUE_CHECKS = {"embedding_bag": _check_bags, "embedding_bag_collection": _check_lookups}
