@@ -384,7 +384,8 @@ void embedding_bag_collection_update(
     Tensor lookups, bool drop_invalid, int64_t optimizer, Tensor hyperparameters, int64_t seed,
     bool stochastic_rounding) {
   // Which states each optimizer has: whether one is a number for each row.
-  static const std::vector<std::vector<bool>> states_of = {{}, {false}, {true}, {false, false}, {false, true}, {false, false}};
+  static const std::vector<std::vector<bool>> states_of = {
+      {}, {false}, {true}, {false, false}, {false, true}, {false, false}};
   const OnDevice device(values);
   STD_TORCH_CHECK(
       0 <= optimizer && optimizer < static_cast<int64_t>(states_of.size()), op, ": expected an optimizer below ",
@@ -418,7 +419,8 @@ void embedding_bag_collection_update(
       for (size_t s = 0; s < rowwise.size(); ++s) {
         const Tensor& state = states[table * rowwise.size() + s];
         STD_TORCH_CHECK(
-            state.dim() == (rowwise[s] ? 1 : 2), op, ": expected states of ", rowwise[s] ? "one dimension" : "two dimensions");
+            state.dim() == (rowwise[s] ? 1 : 2), op, ": expected states of ",
+            rowwise[s] ? "one dimension" : "two dimensions", ", got ", state.dim());
         updated.tensors[s + 1] = parameter_of("states", state, weight, gradient.sum_dtype);
       }
       for (size_t t = 0; t < rowwise.size() + 1; ++t) {

@@ -85,10 +85,10 @@ Tiles tile_codes(const CodeTable& table, Format format, const Lookup& lookup, co
   const int64_t codes_per_byte = format == Format::int4 ? 2 : 1;
   Tiles tiles;
   // Of the widths that there are kernels for.
-  for (int64_t most = 16;; most = tiles.elements / 2) {
+  for (int64_t most = 8;; most = tiles.elements / 2) {
     tiles = tile_lookup(
         table.codes, table.dim, table.row_stride * codes_per_byte, table.column_stride, lookup, output, nullptr, most);
-    if (tiles.elements == 16 || tiles.elements == 4 || tiles.elements == 1) {
+    if (tiles.elements == 8 || tiles.elements == 4 || tiles.elements == 1) {
       return tiles;
     }
   }
@@ -107,8 +107,8 @@ void dispatch_codes(Format format, const F& f) {
 
 template <class F>
 void dispatch_width(int elements, const F& f) {
-  if (elements == 16) {
-    f(std::integral_constant<int, 16>());
+  if (elements == 8) {
+    f(std::integral_constant<int, 8>());
   } else if (elements == 4) {
     f(std::integral_constant<int, 4>());
   } else {

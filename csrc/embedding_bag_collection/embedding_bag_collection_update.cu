@@ -88,7 +88,8 @@ __device__ Pack<double, N> read(const Parameter& from, int64_t at, double) {
 }
 
 template <int N>
-__device__ void write(const Parameter& to, int64_t at, Pack<float, N> values, const Rounding& rounding, int64_t column) {
+__device__ void write(
+    const Parameter& to, int64_t at, Pack<float, N> values, const Rounding& rounding, int64_t column) {
   if (rounding.stochastic) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {

@@ -117,7 +117,8 @@ for k in (kernels, reference):
     k.embedding_bag_collection_update(
         [weight], [], torch.tensor(0), torch.ones(80), None, torch.tensor([1, 4]), torch.tensor([0, 1, 2]),
         None, torch.tensor([[0, 0, 0, 2, 0, 40]]), False, 0,
-        torch.tensor([2.0**-9, 0, 0, 0, 0, 0, float("inf"), float("inf")], dtype=torch.float64), 123456789, True,
+        torch.tensor([2.0**-9, 0, 0, 0, 0, 0, float("inf"), float("inf")], dtype=torch.float64),
+        123456789, True,
     )
     after.append(weight)
 results["stochastic rounding"] = not torch.equal(*after) or torch.equal(after[0], table)
