@@ -172,7 +172,7 @@ print(json.dumps({
 
 def test_no_row_is_moved_twice() -> None:
     """By one launch, between memory and the caches; an update writes and reads the sums between."""
-    library = build_operator(OP, "races")
+    library = build_operator(OP, "races", DEFINES["races"])
     command = [sys.executable, "-c", TRAFFIC, str(library)]
     paths = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(command, env=paths, capture_output=True, text=True, cwd=ROOT)
