@@ -1,26 +1,15 @@
 // The gradient of the table: entries become keys of row and source, sorted; then the entries of one
 // row, a run, are summed in a fixed order.
-//
-// A group of lanes sums the runs in one chunk of sorted entries. What crosses chunks is left as
-// pieces, two for each chunk, which are summed in the same way by the next launch, until one chunk
-// holds all. So the longest run is spread over the whole GPU, and no sum depends on who was first.
 #include "../common/cuda/group.cuh"
 #include "../common/cuda/launch.h"
 #include "../common/cuda/sort.h"
 #include "../common/cuda/tiles.h"
 #include "bag_reader.cuh"
 #include "embedding_bag_cuda.h"
+#include "run_sums.cuh"
 
 namespace recsys_ops::embedding_bag::cuda {
 namespace {
-
-using namespace recsys_ops::cuda;
-
-constexpr int loads_in_flight = 8;
-constexpr int chunk_length = 32;
-static_assert(loads_in_flight <= fewest_lanes && chunk_length % warp_lanes == 0);
-
-RECSYS_OPS_INLINE int64_t chunks_of(int64_t size) { return (size + chunk_length - 1) / chunk_length; }
 
 // Bags, and as a last task the entries after the last bag.
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_entries_kernel(
@@ -117,8 +106,8 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
   }
 }
 
-// The terms of sums, first those that entries stand for, then pieces of runs. A target is the row
-// of the result that a term belongs to, or -1. With WHERE, a term counts where it is its bag's maximum.
+// The terms of sums, first those that entries stand for, then pieces of runs. With WHERE, a term
+// counts where it is its bag's maximum.
 template <class T, int N, bool WHERE>
 struct EntryTerms {
   using A = Accumulate<T>;
@@ -227,79 +216,6 @@ struct PieceTerms {
   }
 };
 
-// Where the sums of runs go, [rows, D], and for each chunk its two pieces of runs.
-template <class T>
-struct Results {
-  T* out;
-  int64_t* targets;
-  Accumulate<T>* pieces;
-  int64_t dim;
-};
-
-// Sums the runs in one chunk of the terms. A run that began before it or goes on after it is left
-// as a piece: the first of the chunk's two, or the second; one that does both as the first, with
-// zeros as the second, so that the pieces of a run stay neighbours.
-template <class T, int N, class Terms>
-__device__ void sum_chunk(
-    const Terms& terms, const Results<T>& to, const Group& group, int64_t chunk, int64_t column, bool writes_targets) {
-  using A = Accumulate<T>;
-  const int64_t begin = chunk * chunk_length;
-  const auto target_of = [&](int64_t entry) { return 0 <= entry && entry < terms.size ? terms.target(entry) : -1; };
-  const bool inside = begin < terms.size && column < to.dim;
-  const int64_t first_target = target_of(begin), last_target = target_of(begin + chunk_length - 1);
-  const bool begins_before = first_target >= 0 && target_of(begin - 1) == first_target;
-  const bool goes_on = last_target >= 0 && target_of(begin + chunk_length) == last_target;
-  bool in_first_run = begins_before;
-  Pack<A, N> sum = {};
-  for (int64_t first = begin; first < begin + chunk_length; first += group.lanes) {
-    const int64_t entry = first + group.lane;
-    const int64_t target = target_of(entry), next = target_of(entry + 1);
-    typename Terms::Own own = {};
-    if (target >= 0) {
-      own = terms.look(entry);
-    }
-    const unsigned live = group.vote(target >= 0), ends = group.vote(target >= 0 && target != next);
-    for (int i = 0; i < group.lanes && any(live >> i != 0); i += Terms::in_flight) {
-      typename Terms::InFlight in_flight[Terms::in_flight];
-#pragma unroll
-      for (int u = 0; u < Terms::in_flight; ++u) {
-        in_flight[u] = terms.fetch(group, own, i + u, (live >> (i + u) & 1) && inside, column);
-      }
-#pragma unroll
-      for (int u = 0; u < Terms::in_flight; ++u) {
-        if (live >> (i + u) & 1) {
-          terms.add(sum, in_flight[u]);
-        }
-        const bool ends_here = ends >> (i + u) & 1;
-        if (any(ends_here)) {
-          const int64_t ended = group.broadcast(target, i + u);
-          if (ends_here) {
-            if (inside && in_first_run) {
-              store<N>(to.pieces + 2 * chunk * to.dim + column, sum);
-            } else if (inside) {
-              store<N>(to.out + ended * to.dim + column, narrowed<T>(sum));
-            }
-            in_first_run = false;
-            sum = {};
-          }
-        }
-      }
-    }
-  }
-  if (writes_targets && inside) {
-    to.targets[2 * chunk] = begins_before ? first_target : -1;
-    to.targets[2 * chunk + 1] = goes_on ? last_target : -1;
-  }
-  if (goes_on && inside) {
-    A* pieces = to.pieces + 2 * chunk * to.dim + column;
-    if (in_first_run) {
-      store<N>(pieces, sum);
-      sum = {};
-    }
-    store<N>(pieces + to.dim, sum);
-  }
-}
-
 template <class T, int N, bool WHERE>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_sum_entries_kernel(
     Gradient gradient, SortedEntries entries, int64_t size, int64_t rows, Tiles tiles, T* out, int64_t* targets,
@@ -350,18 +266,23 @@ uint64_t* sort_entries(
 
 int64_t count_bytes(int64_t size) { return running_sum_bytes(count_size(size)); }
 
-int64_t count_runs(
+void count_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t* counts, void* memory, int64_t bytes,
     cudaStream_t stream) {
   const int64_t parts = count_size(size);
-  if (parts == 0) {
-    return 0;
+  if (parts > 0) {
+    launch(
+        stream, embedding_bag_count_runs_kernel, parts, numbered_together, entries, size, num_embeddings, counts);
+    running_sum(counts, parts, memory, bytes, stream);
   }
-  launch(
-      stream, embedding_bag_count_runs_kernel, parts, numbered_together, entries, size, num_embeddings, counts);
-  running_sum(counts, parts, memory, bytes, stream);
+}
+
+int64_t total_of(const int64_t* counts, int64_t size, cudaStream_t stream) {
   int64_t total = 0;
-  check(cudaMemcpyAsync(&total, counts + parts - 1, sizeof(total), cudaMemcpyDeviceToHost, stream));
+  if (size == 0) {
+    return total;
+  }
+  check(cudaMemcpyAsync(&total, counts + count_size(size) - 1, sizeof(total), cudaMemcpyDeviceToHost, stream));
   check(cudaStreamSynchronize(stream));
   return total;
 }
@@ -400,7 +321,7 @@ void sum_runs(
     T* to = static_cast<T*>(out);
     A* pieces = static_cast<A*>(sums);
     // A word of positions is as wide as one of four elements.
-    Tiles tiles = tile_rows<T>(
+    const Tiles tiles = tile_rows<T>(
         gradient.dim, gradient.dim, 1, gradient.argmax ? 4 : widest_word / sizeof(T),
         static_cast<const T*>(gradient.output), gradient.argmax, to, pieces);
     dispatch_elements<T>(tiles, [&](auto elements) {
@@ -416,15 +337,26 @@ void sum_runs(
         return start(embedding_bag_sum_entries_kernel<T, elements.value, true>);
       }
     });
-    tiles = tile_rows<A>(gradient.dim, gradient.dim, 1, widest_word / sizeof(A), to, pieces);
+  });
+  sum_pieces(gradient.dtype, size, gradient.dim, out, targets, sums, stream);
+}
+
+void sum_pieces(
+    DType dtype, int64_t size, int64_t dim, void* out, int64_t* targets, void* sums, cudaStream_t stream) {
+  dispatch(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = Accumulate<T>;
+    T* to = static_cast<T*>(out);
+    A* pieces = static_cast<A*>(sums);
+    const Tiles tiles = tile_rows<A>(dim, dim, 1, widest_word / sizeof(A), to, pieces);
     for (int64_t count = 2 * chunks_of(size); count > 2; count = 2 * chunks_of(count)) {
       dispatch_elements<A>(tiles, [&](auto elements) {
         launch(
             stream, embedding_bag_sum_pieces_kernel<T, elements.value>, chunks_of(count) * tiles.blocks, tiles.lanes,
-            targets, pieces, count, gradient.dim, tiles, to, targets + count, pieces + count * gradient.dim);
+            targets, pieces, count, dim, tiles, to, targets + count, pieces + count * dim);
       });
       targets += count;
-      pieces += count * gradient.dim;
+      pieces += count * dim;
     }
   });
 }

@@ -82,8 +82,8 @@ class WeightGradient {
   std::tuple<Tensor, Tensor> sparse() {
     Memory counts(like, count_size(size) * sizeof(int64_t));
     Memory memory(like, count_bytes(size));
-    const int64_t touched = count_runs(
-        entries, size, num_embeddings, counts.as<int64_t>(), memory.as<void>(), memory.bytes, stream);
+    count_runs(entries, size, num_embeddings, counts.as<int64_t>(), memory.as<void>(), memory.bytes, stream);
+    const int64_t touched = total_of(counts.as<int64_t>(), size, stream);
     Tensor rows = empty_like(like, {touched}, ScalarType::Long);
     Tensor values = empty_like(like, {touched, gradient.dim});
     uint64_t* sorted = keys.as<uint64_t>();

@@ -49,11 +49,13 @@ inline int64_t count_size(int64_t size) { return (size + numbered_together - 1) 
 // Bytes of memory that count_runs needs beside the counts.
 int64_t count_bytes(int64_t size);
 
-// The number of runs up to and including each part of the entries, counts [count_size(N)];
-// returns that of all. Waits for the GPU.
-int64_t count_runs(
+// The number of runs up to and including each part of the entries, counts [count_size(N)].
+void count_runs(
     const SortedEntries& entries, int64_t size, int64_t num_embeddings, int64_t* counts, void* memory, int64_t bytes,
     cudaStream_t stream);
+
+// The last of the counts of N entries, or 0. Waits for the GPU.
+int64_t total_of(const int64_t* counts, int64_t size, cudaStream_t stream);
 
 // Replaces rows by the numbers of their runs, from sorted keys to numbered ones [N], and lists rows [U].
 void number_runs(
@@ -71,6 +73,10 @@ int64_t piece_count(int64_t size);
 void sum_runs(
     const Gradient& gradient, const SortedEntries& entries, int64_t size, int64_t rows, void* out, int64_t* targets,
     void* sums, cudaStream_t stream);
+
+// The levels of sum_runs after the first, which has left pieces of N entries; out is of a dtype.
+void sum_pieces(
+    DType dtype, int64_t size, int64_t dim, void* out, int64_t* targets, void* sums, cudaStream_t stream);
 
 // Fills a gradient [rows, D] with zeros.
 void zero(const Gradient& gradient, int64_t rows, void* out, cudaStream_t stream);

@@ -44,6 +44,10 @@ FLAGS = [
 INSTRUMENTED = ["-ftrivial-auto-var-init=pattern"]
 
 
+# Sources of another operator that an operator is built on.
+BORROWED = {"embedding_bag_collection": ["embedding_bag/embedding_bag_backward.cu"]}
+
+
 def build(
     sources: Sequence[Path],
     sanitizer: str,
@@ -100,7 +104,8 @@ def build_operator(
     """The CUDA kernels of an operator and what checks their arguments, as operators of PyTorch on the CPU."""
     folder = csrc / operator
     sources = [*csrc.glob("common/cuda/*.cu"), *folder.glob("*.cu"), *folder.glob("*_cuda.cpp")]
-    sources += HERE.glob(f"{operator}_*.cpp")
+    sources += HERE.glob(f"{operator}_eager.cpp")
+    sources += [csrc / source for source in BORROWED.get(operator, ())]
     return build(sources, sanitizer, defines, csrc=csrc)
 
 

@@ -27,8 +27,10 @@ def load_kernels(library: str, operator: str) -> SimpleNamespace:
     reference = importlib.import_module(f"recsys_ops.{operator}.reference")
     names = importlib.import_module(f"recsys_ops.{operator}.autograd").FAKES
     fragment = torch.library.Library(LIBRARY, "FRAGMENT")
+    changed = getattr(reference, "MUTATES", {})
     for name in names:
-        fragment.define(name + torch.library.infer_schema(getattr(reference, name), mutates_args=()))
+        schema = torch.library.infer_schema(getattr(reference, name), mutates_args=changed.get(name, ()))
+        fragment.define(name + schema)
     torch.ops.load_library(library)
     load_kernels.fragment = fragment  # type: ignore[attr-defined]  # lives as long as the kernels
     return SimpleNamespace(**{name: getattr(getattr(torch.ops, LIBRARY), name).default for name in names})
@@ -63,7 +65,16 @@ def _check_bags(call: SimpleNamespace) -> None:
     check_values(call.indices, call.offsets, rows, call.include_last_offset, call.drop_invalid)
 
 
-VALUE_CHECKS = {"embedding_bag": _check_bags}
+def _check_lookups(call: SimpleNamespace) -> None:
+    from recsys_ops.embedding_bag_collection.reference import _check_values, each_lookup
+
+    tables = call.codes if hasattr(call, "codes") else call.weights
+    for lookup in each_lookup(call.lookups):
+        rows = tables[lookup.table].shape[0]
+        _check_values(lookup, call.values, call.offsets, rows, call.drop_invalid)
+
+
+VALUE_CHECKS = {"embedding_bag": _check_bags, "embedding_bag_collection": _check_lookups}
 
 
 def run(library: str, operator: str, checks: list[str], quick: bool) -> dict[str, Any]:

@@ -2,74 +2,49 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cuda_host.build import COMPILER, HERE, ROOT, build_operator, environment
+from cuda_host.build import ROOT, build_operator, environment
+from cuda_host.suite import (
+    CHECKED,
+    NEEDS_COMPILER,
+    Fault,
+    Outcomes,
+    check_outcome,
+    outcomes_of,
+    what_is_said_of,
+)
 
 from recsys_ops import _extension
 from recsys_ops.embedding_bag.cost import backward_cost, forward_cost
-from recsys_ops.testing import CHECKS, Target
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
+pytestmark = NEEDS_COMPILER
 
 OP = "embedding_bag"
 # So few blocks that groups take several tasks, for one of the builds.
 DEFINES = {"address": (), "races": ("RECSYS_OPS_MOST_BLOCKS=3",)}
-CHECKED = [name for name, check in CHECKS.items() if check.serves(Target("cuda_host"))]
-
-
-def run_suite(
-    library: Path, sanitizer: str, results: Path, extent: str, *checks: str
-) -> subprocess.CompletedProcess[str]:
-    """Outcomes of checks go to ``results``, unless the process is ended for a fault."""
-    return subprocess.run(
-        [sys.executable, str(HERE / "contract.py"), str(library), OP, str(results), extent, *checks],
-        env=environment(sanitizer),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
 
 
 @pytest.fixture(scope="module")
-def suite(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``suite(sanitizer, extent)``: outcomes of all checks."""
-
-    @functools.cache
-    def outcomes(sanitizer: str, extent: str) -> dict[str, Any]:
-        results = tmp_path_factory.mktemp(sanitizer) / "results.json"
-        library = build_operator(OP, sanitizer, DEFINES[sanitizer])
-        done = run_suite(library, sanitizer, results, extent, *CHECKED)
-        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        found: dict[str, Any] = json.loads(results.read_text())
-        return found
-
-    return outcomes
-
-
-def check_outcome(outcome: dict[str, Any]) -> None:
-    assert not outcome["failures"], "\n".join(outcome["failures"])
-    assert outcome["passed"] > 0
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return outcomes_of(OP, DEFINES, tmp_path_factory.mktemp("outcomes"))
 
 
 @pytest.mark.parametrize("check", CHECKED)
 @pytest.mark.parametrize("sanitizer", DEFINES)
-def test_contract(suite: Any, sanitizer: str, check: str) -> None:
+def test_contract(suite: Outcomes, sanitizer: str, check: str) -> None:
     check_outcome(suite(sanitizer, "quick")[check])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", DEFINES)
-def test_whole_contract(suite: Any, sanitizer: str) -> None:
+def test_whole_contract(suite: Outcomes, sanitizer: str) -> None:
     for outcome in suite(sanitizer, "all").values():
         check_outcome(outcome)
 
@@ -172,47 +147,53 @@ def test_no_byte_is_moved_twice() -> None:
     assert least / (sum(found["backward"]) + sort) > 0.7
 
 
-# File, what stands there, what is planted in its place, who finds it, and what is said.
 FAULTS = {
-    "off by one at the end of a bag": (
+    "off by one at the end of a bag": Fault(
         f"{OP}/bag_reader.cuh",
-        ("entry >= end", "entry > end"),
+        "entry >= end",
+        "entry > end",
         "address",
         r"forward_backward \[|AddressSanitizer",
     ),
-    "a mask that leaves a lane out": (
+    "a mask that leaves a lane out": Fault(
         "common/cuda/group.cuh",
-        ("whole_warp = 0xffffffff;", "whole_warp = 0x7fffffff;"),
+        "whole_warp = 0xffffffff;",
+        "whole_warp = 0x7fffffff;",
         "address",
         "lane outside of its own mask",
     ),
-    "votes of other groups counted": (
+    "votes of other groups counted": Fault(
         "common/cuda/group.cuh",
-        (" >> first_lane & whole_warp >> (warp_lanes - lanes)", " >> first_lane"),
+        " >> first_lane & whole_warp >> (warp_lanes - lanes)",
+        " >> first_lane",
         "address",
         r"forward_backward \[.*mean",
     ),
-    "columns past the end of a row": (
-        f"{OP}/embedding_bag_forward.cu",
-        ("row[u] >= 0 && place.column < table.dim", "row[u] >= 0"),
+    "columns past the end of a row": Fault(
+        f"{OP}/bag_pooling.cuh",
+        "row[u] >= 0 && place_column < table.dim",
+        "row[u] >= 0",
         "address",
         r"forward_backward \[|AddressSanitizer: heap-buffer-overflow",
     ),
-    "a shuffle that not all lanes reach": (
-        f"{OP}/embedding_bag_forward.cu",
-        ("const Pack<T, N> gradient = load", "if (!inside) continue;\nconst Pack<T, N> gradient = load"),
+    "a shuffle that not all lanes reach": Fault(
+        f"{OP}/bag_pooling.cuh",
+        "const auto gradient = gradient_at(place);",
+        "if (place.column >= table.dim) continue;\nconst auto gradient = gradient_at(place);",
         "address",
         "divergent warp operation",
     ),
-    "the next level not told of a piece": (
-        f"{OP}/embedding_bag_backward.cu",
-        ("= goes_on ? last_target : -1", "= -1"),
+    "the next level not told of a piece": Fault(
+        f"{OP}/run_sums.cuh",
+        "= goes_on ? last_target : -1",
+        "= -1",
         "address",
         r"forward_backward \[.*gradient of weight",
     ),
-    "all groups of a row write the same": (
-        f"{OP}/embedding_bag_backward.cu",
-        ("if (writes_targets && inside) {", "if (inside) {"),
+    "all groups of a row write the same": Fault(
+        f"{OP}/run_sums.cuh",
+        "if (writes_targets && inside) {",
+        "if (inside) {",
         "races",
         "race: writes a byte of global memory that was written",
     ),
@@ -222,18 +203,6 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
-    file, (right, wrong), sanitizer, message = FAULTS[fault]
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    source = (csrc / file).read_text()
-    assert right in source
-    (csrc / file).write_text(source.replace(right, wrong))
-    library = build_operator(OP, sanitizer, DEFINES[sanitizer], csrc)
-    try:
-        results = tmp_path / "results.json"
-        done = run_suite(library, sanitizer, results, "quick", "forward_backward")
-        failures = json.loads(results.read_text())["forward_backward"]["failures"] if results.exists() else []
-        said = "\n".join([*failures, done.stdout, done.stderr])
-        assert re.search(message, said, re.DOTALL), said[-3000:]
-    finally:
-        library.unlink()
+    sanitizer = FAULTS[fault].sanitizer
+    said = what_is_said_of(OP, FAULTS[fault], DEFINES[sanitizer], tmp_path)
+    assert re.search(FAULTS[fault].message, said, re.DOTALL), said[-3000:]

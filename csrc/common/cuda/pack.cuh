@@ -38,6 +38,10 @@ template <>
 struct WordOf<2> {
   using type = unsigned short;
 };
+template <>
+struct WordOf<1> {
+  using type = unsigned char;
+};
 
 constexpr int widest_word = 16;
 
@@ -69,6 +73,14 @@ __device__ inline void load_word(unsigned short& word, const unsigned short* fro
       "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.b16 %0, [%1]; }"
       : "=&h"(word)
       : "l"(from), "r"(static_cast<int>(wanted)));
+}
+__device__ inline void load_word(unsigned char& word, const unsigned char* from, bool wanted) {
+  unsigned short wide;
+  asm volatile(
+      "{ .reg .pred p; setp.ne.s32 p, %2, 0; mov.b16 %0, 0; @p ld.global.nc.u8 %0, [%1]; }"
+      : "=&h"(wide)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+  word = static_cast<unsigned char>(wide);
 }
 #else
 template <class W>
@@ -124,6 +136,16 @@ __device__ inline float widen(float value) { return value; }
 __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(Half value) { return __half2float(__ushort_as_half(value.bits)); }
 __device__ inline float widen(BFloat16 value) { return __uint_as_float(static_cast<unsigned>(value.bits) << 16); }
+
+template <class T, int N>
+__device__ Pack<Accumulate<T>, N> widened(const Pack<T, N>& pack) {
+  Pack<Accumulate<T>, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    result[i] = widen(pack[i]);
+  }
+  return result;
+}
 
 // Rounded to nearest, ties to even.
 __device__ inline void narrow(float value, float& to) { to = value; }

@@ -1,0 +1,82 @@
+"""The correctness suite of an operator's CUDA kernels on the CPU, as the tests of operators run it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from cuda_host.build import COMPILER, HERE, ROOT, build_operator, environment
+
+from recsys_ops.testing import CHECKS, Target
+
+NEEDS_COMPILER = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
+CHECKED = [name for name, check in CHECKS.items() if check.serves(Target("cuda_host"))]
+
+Outcomes = Callable[[str, str], dict[str, Any]]
+
+
+def run_suite(
+    operator: str, library: Path, sanitizer: str, results: Path, extent: str, *checks: str
+) -> subprocess.CompletedProcess[str]:
+    """Outcomes of checks go to ``results``, unless the process is ended for a fault."""
+    return subprocess.run(
+        [sys.executable, str(HERE / "contract.py"), str(library), operator, str(results), extent, *checks],
+        env=environment(sanitizer),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def outcomes_of(operator: str, defines: dict[str, tuple[str, ...]], folder: Path) -> Outcomes:
+    """``outcomes(sanitizer, extent)`` of all checks, built with the sanitizer's definitions."""
+
+    @functools.cache
+    def outcomes(sanitizer: str, extent: str) -> dict[str, Any]:
+        results = folder / f"{sanitizer}-{extent}.json"
+        library = build_operator(operator, sanitizer, defines[sanitizer])
+        done = run_suite(operator, library, sanitizer, results, extent, *CHECKED)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        found: dict[str, Any] = json.loads(results.read_text())
+        return found
+
+    return outcomes
+
+
+def check_outcome(outcome: dict[str, Any]) -> None:
+    assert not outcome["failures"], "\n".join(outcome["failures"])
+    assert outcome["passed"] > 0
+
+
+class Fault(NamedTuple):
+    """What stands in a file of ``csrc``, what is planted in its place, who finds it, and what is said."""
+
+    file: str
+    right: str
+    wrong: str
+    sanitizer: str
+    message: str
+
+
+def what_is_said_of(operator: str, fault: Fault, defines: tuple[str, ...], folder: Path) -> str:
+    """By the quick suite, of kernels with a fault in them."""
+    csrc = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    source = (csrc / fault.file).read_text()
+    assert fault.right in source
+    (csrc / fault.file).write_text(source.replace(fault.right, fault.wrong))
+    library = build_operator(operator, fault.sanitizer, defines, csrc)
+    try:
+        results = folder / "results.json"
+        done = run_suite(operator, library, fault.sanitizer, results, "quick", "forward_backward")
+        failures = json.loads(results.read_text())["forward_backward"]["failures"] if results.exists() else []
+        return "\n".join([*failures, done.stdout, done.stderr])
+    finally:
+        library.unlink()
