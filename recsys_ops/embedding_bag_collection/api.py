@@ -12,7 +12,13 @@ from torch import Tensor
 from recsys_ops._library import eager_function, is_eager, register_kernels
 from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
 from recsys_ops.embedding_bag_collection import autograd, reference
-from recsys_ops.embedding_bag_collection.autograd import FAKES, CollectionFunction, FusedUpdate, lookup
+from recsys_ops.embedding_bag_collection.autograd import (
+    FAKES,
+    CollectionFunction,
+    FusedUpdate,
+    apply_eagerly,
+    lookup,
+)
 from recsys_ops.embedding_bag_collection.layout import POOLINGS, Layout, Placement, with_bags_of_one
 
 OP = "embedding_bag_collection"
@@ -173,7 +179,8 @@ def collection(
         or (per_sample_weights is not None and per_sample_weights.requires_grad)
         or any(w.requires_grad for w in weights)
     )
-    if not needs_grad and is_eager(backend):
+    computed = None
+    if is_eager(backend) and not (needs_grad and (has_max or out is not None)):
         result = _eager_forward(
             weights,
             values,
@@ -185,12 +192,15 @@ def collection(
             drop_invalid,
             out,
         )
-        if result is not None:
+        if result is not None and not needs_grad:
             return result
+        if result is not None:
+            backend, computed = "native", (result, values.new_empty(0, dtype=torch.int32))
     if per_sample_weights is not None:
         per_sample_weights = _check_per_sample_weights(per_sample_weights, values, dtype)
     values, offsets = values.contiguous(), offsets.contiguous()
-    backend = _choose(backend, values.device.type, weights[0].dtype)
+    if computed is None:
+        backend = _choose(backend, values.device.type, weights[0].dtype)
     options = (placement.size, dtype, drop_invalid, has_max, backend)
     if out is not None:
         _check_out(out, placement.size, dtype, needs_grad, values)
@@ -204,7 +214,8 @@ def collection(
         )[0]
     if needs_grad:
         trigger = torch.empty(0, requires_grad=True) if update is not None else None
-        return CollectionFunction.apply(
+        apply = CollectionFunction.apply if computed is None else apply_eagerly
+        return apply(
             trigger,
             per_sample_weights,
             values,
@@ -213,7 +224,7 @@ def collection(
             options,
             sparse,
             update,
-            None,
+            computed,
             *weights,
         )[0]
     return lookup(weights, values, offsets, per_sample_weights, placement.lookups, *options)[0]

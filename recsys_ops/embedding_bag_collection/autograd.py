@@ -98,6 +98,10 @@ class CollectionFunction(torch.autograd.Function):
         return None, of_per_sample_weights, *(None,) * 7, *of_weights
 
 
+# ``apply`` without its look for torch.func, and at the signature of ``forward``.
+apply_eagerly = super(torch.autograd.Function, CollectionFunction).apply
+
+
 def _save(
     ctx: Any,
     weights: Sequence[Tensor],
@@ -117,7 +121,7 @@ def _save(
     ctx.save_for_backward(
         values, offsets, per_sample_weights, lookups, argmax, *(weights if weighted else ())
     )
-    ctx.weights = [w.detach() for w in weights]
+    ctx.weights = list(weights)
     ctx.options, ctx.sparse, ctx.update = options, sparse, update
 
 
