@@ -221,7 +221,9 @@ def _updated(
     weights = [w.clone(memory_format=torch.preserve_format) for w in weights]
     kind = OPTIMIZERS.index(case.optimizer)
     states = [
-        arguments[f"state_{t}_{s}"].clone() for t in range(len(weights)) for s in range(len(STATES[kind]))
+        arguments[f"state_{t}_{s}"].clone(memory_format=torch.contiguous_format)
+        for t in range(len(weights))
+        for s in range(len(STATES[kind]))
     ]
     values, offsets = arguments["values"].contiguous(), arguments["offsets"].contiguous()
     num_features = case.layout.num_features

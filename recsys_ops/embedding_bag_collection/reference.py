@@ -10,6 +10,8 @@ implements these names with these arguments, and the registered operators carry 
     offsets              [G + 1] int32 or int64, where each bag starts in values and where the last ends
     per_sample_weights   [N]     a factor for each entry, fp32, with fp64 tables fp64; contiguous
     lookups              [K, 6]  int64 on the CPU, one row for each lookup
+    codes, scales        of each quantised table, see row_quantization.py; contiguous
+    states               of each table, see row_optimizers.py, one table's after the other's; contiguous
     drop_invalid         a value outside [0, R) contributes nothing; otherwise it is an error
 
 A lookup is ``table, mode, first_bag, num_bags, start, stride``: the bags [first_bag, first_bag + num_bags)
