@@ -310,6 +310,7 @@ QUICK = (
             OPTIMIZERS, itertools.cycle(("max_gradient", "max_gradient_norm")), strict=False
         )
     ),
+    EmbeddingBagCollectionCase("mean", features=((0,), (1,), (0,)), rows=(37, 6, 37), optimizer="adagrad"),
     EmbeddingBagCollectionCase(
         **MIXED, optimizer="rowwise_adagrad", halves=(0,), stochastic=True, invalid=True
     ),

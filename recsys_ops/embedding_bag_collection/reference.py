@@ -19,7 +19,8 @@ of ``offsets`` are pooled from a table, by sum (0), mean (1) or maximum (2), and
 ``output[start + b * stride :][:D]``. All lookups of a table have one mode. A bag may belong to several
 lookups, or to none. Cells that no lookup writes are left alone.
 
-``offsets`` start at 0, and every bag of a lookup ends within ``values``, not before it starts. An
+``offsets`` start at 0, and every bag of a lookup ends within ``values``, not before it starts. They
+never decrease, but where bags follow that name entries of earlier ones once more, see ``layout.py``. An
 entry is *live* where its value is valid. Sums are formed in fp32, of fp64 tables in fp64.
 """
 
