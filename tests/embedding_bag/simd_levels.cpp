@@ -73,14 +73,14 @@ void check(const char* name, DType dtype, double tolerance) {
     const Bags bags = {{indices.data(), false, entries}, {offsets.data(), true, 5}, 4, rows, 3, false};
     for (const T* weights : {static_cast<const T*>(nullptr), factors.data()}) {
       std::vector<T> expected(4 * dim), got(4 * dim);
-      bags_expected.sum(true, table, bags, weights, expected.data(), 0, 4);
-      bags_got.sum(true, table, bags, weights, got.data(), 0, 4);
+      bags_expected.sum(true, table, bags, {dtype, weights}, {dtype, expected.data(), dim}, 0, 4);
+      bags_got.sum(true, table, bags, {dtype, weights}, {dtype, got.data(), dim}, 0, 4);
       compare(name, dim, expected, got, tolerance);
     }
     std::vector<T> expected(4 * dim), got(4 * dim);
     std::vector<int32_t> at_expected(4 * dim), at_got(4 * dim);
-    bags_expected.max(table, bags, expected.data(), at_expected.data(), 0, 4);
-    bags_got.max(table, bags, got.data(), at_got.data(), 0, 4);
+    bags_expected.max(table, bags, {dtype, expected.data(), dim}, at_expected.data(), 0, 4);
+    bags_got.max(table, bags, {dtype, got.data(), dim}, at_got.data(), 0, 4);
     compare(name, dim, expected, got, 0);
     if (at_expected != at_got) {
       std::printf("%s, dim %ld: positions of the maximum differ\n", name, static_cast<long>(dim));
@@ -88,8 +88,9 @@ void check(const char* name, DType dtype, double tolerance) {
     }
 
     std::vector<T> dots_expected(entries), dots_got(entries);
-    bags_expected.dot(true, table, bags, weight.data(), dots_expected.data(), 0, 4);
-    bags_got.dot(true, table, bags, weight.data(), dots_got.data(), 0, 4);
+    const Rows with = {dtype, const_cast<T*>(weight.data()), dim};
+    bags_expected.dot(true, table, bags, with, {dtype, dots_expected.data(), 1}, 0, 4);
+    bags_got.dot(true, table, bags, with, {dtype, dots_got.data(), 1}, 0, 4);
     compare(name, dim, dots_expected, dots_got, tolerance * (1 + dim));
 
     // Two rows: entries 0, 9 and 59 of one, 30 of the other.
@@ -100,10 +101,22 @@ void check(const char* name, DType dtype, double tolerance) {
     const std::vector<uint64_t> keys = {2 << 8 | 0, 2 << 8 | 9, 2 << 8 | 59, 7 << 8 | 30};
     const std::vector<int64_t> runs = {0, 3, 4};
     const std::vector<double> bag_scale = {1, 1, 0.125, 0.25};
-    const SortedEntries sorted = {keys.data(), 8, bag_of.data(), bag_scale.data(), bags.offsets, runs.data()};
+    SortedEntries sorted = {};
+    sorted.keys = keys.data();
+    sorted.source_bits = 8;
+    sorted.bag_of = bag_of.data();
+    sorted.bag_scale = bag_scale.data();
+    sorted.offsets = bags.offsets;
+    sorted.runs = runs.data();
+    sorted.cell_stride = dim;
+    std::vector<A> of_entries;
+    for (const T& factor : factors) {
+      of_entries.push_back(static_cast<A>(number(factor)));
+    }
     const auto output = random_elements<T>(4 * dim);
     for (const int32_t* argmax : {static_cast<const int32_t*>(nullptr), static_cast<const int32_t*>(at_expected.data())}) {
-      const Gradient gradient = {dtype, output.data(), dim, argmax ? nullptr : factors.data(), argmax, !argmax, true};
+      const Gradient gradient = {dtype, output.data(), dim, nullptr, argmax, !argmax, true};
+      sorted.factors = argmax ? nullptr : of_entries.data();
       std::vector<T> values_expected(2 * dim), values_got(2 * dim);
       std::vector<int64_t> rows_of(2);
       gradients_expected.write(gradient, sorted, 0, 2, rows_of.data(), values_expected.data());
@@ -112,6 +125,16 @@ void check(const char* name, DType dtype, double tolerance) {
       if (rows_of != std::vector<int64_t>{2, 7}) {
         std::printf("%s, dim %ld: wrong rows\n", name, static_cast<long>(dim));
         ++failures;
+      }
+      std::vector<A> sums_expected(2 * dim), sums_got(2 * dim);
+      gradients_expected.sum_runs(gradient, sorted, 0, 2, 4, sums_expected.data());
+      gradients_got.sum_runs(gradient, sorted, 0, 2, 4, sums_got.data());
+      for (int64_t i = 0; i < 2 * dim; ++i) {
+        if (!(std::abs(sums_expected[i] - sums_got[i]) <= tolerance)) {
+          std::printf("%s, dim %ld: sum of run %ld differs\n", name, static_cast<long>(dim), static_cast<long>(i / dim));
+          ++failures;
+          break;
+        }
       }
       std::vector<A> sum_expected(dim), sum_got(dim);
       gradients_expected.sum(gradient, sorted, 0, 4, sum_expected.data());
@@ -141,7 +164,11 @@ void check_halves() {
   const int64_t runs[2] = {0, 1};
   double factor = 1;
   int64_t row;
-  const SortedEntries entry = {&key, 1, nullptr, &factor, {}, runs};
+  SortedEntries entry = {};
+  entry.keys = &key;
+  entry.source_bits = 1;
+  entry.bag_scale = &factor;
+  entry.runs = runs;
   const Gradient gradient = {DType::float16, halves.data(), size, nullptr, nullptr, true, false};
   expected.sum(gradient, entry, 0, 1, floats.data());
   got.sum(gradient, entry, 0, 1, floats_got.data());
