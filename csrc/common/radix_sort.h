@@ -1,4 +1,4 @@
-// Stable, parallel, least-significant-digit radix sort of 64-bit keys by some of their bits.
+// Stable, parallel, least-significant-digit radix sort of unsigned keys by some of their bits.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@ namespace recsys_ops {
 // Sorts keys[0:size) by bits [low, low + bits), keeping the order of equal ones; scratch is as
 // large as keys. Returns whichever of the two holds the result. The result does not depend on
 // the number of tasks.
-inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int low, int bits, int64_t tasks) {
+template <class Key>
+Key* radix_sort(Key* keys, Key* scratch, int64_t size, int low, int bits, int64_t tasks) {
   constexpr int largest_digit = 11;
   const int passes = (bits + largest_digit - 1) / largest_digit;
   std::vector<int64_t> places;
@@ -21,7 +22,7 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int
     const int digit = (bits - done) / (passes - pass);
     const int shift = low + done;
     const int64_t buckets = int64_t{1} << digit;
-    const uint64_t mask = static_cast<uint64_t>(buckets - 1);
+    const Key mask = static_cast<Key>(buckets - 1);
     places.assign(tasks * buckets, 0);
     run_tasks(tasks, [&](int64_t task) {
       int64_t* const counts = places.data() + task * buckets;
@@ -40,11 +41,11 @@ inline uint64_t* radix_sort(uint64_t* keys, uint64_t* scratch, int64_t size, int
     }
     run_tasks(tasks, [&](int64_t task) {
       int64_t* const next = places.data() + task * buckets;
-      const uint64_t* const from = keys;
-      uint64_t* const to = scratch;
+      const Key* const from = keys;
+      Key* const to = scratch;
       const int64_t end = size * (task + 1) / tasks;
       for (int64_t i = size * task / tasks; i < end; ++i) {
-        const uint64_t key = from[i];
+        const Key key = from[i];
         to[next[key >> shift & mask]++] = key;
       }
     });
