@@ -214,12 +214,12 @@ def test_a_copy_of_a_fused_collection_trains_by_itself() -> None:
 def test_fused_collection_whose_update_differs_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, features = fused("Adagrad"), keyed_inputs()
     held = train(model, features, 0)
-    right = torchrec_modules._optimizer
+    right = torchrec_modules.optimizer_of_tables
 
     def wrong(tables: Any) -> Any:
         return recsys_ops.optim.Adagrad(lr=right(tables).lr, eps=1e-2)
 
-    monkeypatch.setattr(torchrec_modules, "_optimizer", wrong)
+    monkeypatch.setattr(torchrec_modules, "optimizer_of_tables", wrong)
     report = recsys_ops.accelerate(model, features, measure=timed(2))
     assert status(report) == {"ebc": "put back"} and not report.agrees
     assert reason(report, "ebc").startswith("the whole model differs: updated ebc.")
