@@ -18,6 +18,7 @@ from recsys_ops.embedding_bag_collection.api import (
     check_input,
     check_options,
     check_output_dtype,
+    check_tables,
     collection,
     default_output_dtype,
     place,
@@ -311,6 +312,7 @@ class EmbeddingBagCollection(PooledCollection):
         self.embedding_bags = torch.nn.ModuleDict(
             {table.name: _Table(table, device, trained=optimizer is None) for table in tables}
         )
+        check_tables(self.weights)
         self.fused_optimizer = FusedOptimizer(optimizer, self.weights) if optimizer is not None else None
         self.reset_parameters()
 
@@ -370,6 +372,9 @@ class EmbeddingBagCollection(PooledCollection):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBagCollection:
         super()._apply(fn, recurse)
+        dtypes = [weight.dtype for weight in self.weights]
+        if (self.output_dtype == torch.float64) != (torch.float64 in dtypes):
+            self.output_dtype = default_output_dtype(dtypes)
         if self.fused_optimizer is not None:
             self.fused_optimizer.rebind(self.weights, fn)
         return self
