@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from typing import Any
 
@@ -240,11 +241,14 @@ def of_another_optimizer(kind: type[RowOptimizer]) -> dict[str, Any]:
     return fused(make(SGD() if kind is not SGD else Adam())).state_dict()
 
 
-@pytest.mark.parametrize("saved", [of_other_tables, of_wider_tables, of_another_optimizer])
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_state_that_does_not_fit_changes_nothing(kind: type[RowOptimizer], saved: Any) -> None:
-    if kind is SGD and saved is of_wider_tables:
-        pytest.skip("SGD keeps nothing of a table's shape")
+@pytest.mark.parametrize(
+    ("saved", "kind"),
+    [
+        *itertools.product([of_other_tables, of_another_optimizer], KINDS),
+        *itertools.product([of_wider_tables], KINDS[1:]),  # SGD keeps nothing of a table's shape
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(saved: Any, kind: type[RowOptimizer]) -> None:
     ebc = make(kind(lr=0.1))
     train(ebc, 0)
     before, groups = held(ebc), dict(fused(ebc).param_groups[0])
