@@ -357,6 +357,13 @@ def gather(state_dict: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
     Args:
         state_dict: with ``ShardedTensor``; anything else is given back as it is.
         rank: that gets the tensors, on the CPU.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather({"over.bias": torch.zeros(2)})
+        {'over.bias': tensor([0., 0.])}
+        >>> dist.destroy_process_group()
     """
     result = {}
     here = dist.get_rank() == rank
