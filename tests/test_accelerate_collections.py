@@ -238,6 +238,28 @@ def test_declines_fused_collections_that_do_more(name: str, options: dict[str, A
     assert (status(report)["ebc"], reason(report, "ebc")) == ("declined", expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "numbers", "expected"),
+    [
+        ("lamb", {}, "its optimizer is lamb, and FBGEMM's leaves rows of zeros as they are"),
+        ("lars_sgd", {}, "its optimizer is lars_sgd"),
+        (
+            "adam",
+            {"weight_decay": 0.1, "weight_decay_mode": 1},
+            "its optimizer has weight_decay=0.1, which FBGEMM may ignore",
+        ),
+    ],
+)
+def test_declines_optimizers_that_differ(name: str, numbers: dict[str, Any], expected: str) -> None:
+    """FBGEMM has these on GPUs alone: here their names stand in for them."""
+    model = fused("SGD")
+    tables = model.ebc._emb_modules[0]._emb_module
+    tables.optimizer = name
+    tables.optimizer_args = tables.optimizer_args._replace(**numbers)
+    report = recsys_ops.accelerate(model)
+    assert (status(report)["ebc"], reason(report, "ebc")) == ("declined", expected)
+
+
 def test_adam_of_fbgemm() -> None:
     """FBGEMM has Adam on GPUs alone: here its state and numbers stand in for it."""
     model, features = fused("Adagrad"), keyed_inputs()

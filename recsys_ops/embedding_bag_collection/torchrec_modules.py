@@ -247,7 +247,8 @@ def _why_not_optimizer(theirs: Any) -> str | None:
         for option, plain in PLAIN_UPDATE.items():
             if getattr(arguments, option, plain) != plain:
                 return f"its optimizer has {option}={getattr(arguments, option)}"
-        if arguments.weight_decay and name not in ("adam", "partial_row_wise_adam"):
+        decouples = name in ("adam", "partial_row_wise_adam") and arguments.weight_decay_mode in (0, 2)
+        if arguments.weight_decay and not decouples:
             return f"its optimizer has weight_decay={arguments.weight_decay}, which FBGEMM may ignore"
     return None
 
