@@ -260,7 +260,8 @@ class EmbeddingBagCollection(PooledCollection):
     Args:
         tables: the tables.
         optimizer: one of ``recsys_ops.optim``: the backward then updates the tables, which get no
-            gradients. None: they get dense gradients, or sparse and coalesced ones.
+            gradients, and around which ``torch.compile`` breaks the graph. None: they get dense
+            gradients, or sparse and coalesced ones.
         device: of the tables.
         is_weighted: whether the weights of a ``KeyedJaggedTensor`` are used, as in TorchRec.
         sparse: see ``optimizer``.
