@@ -25,17 +25,19 @@ help: ## list the targets
 	.venv/bin/python -m pip install --quiet --no-build-isolation --editable ".[triton,dev]"
 	touch $@
 
+# What is tested with and measured against where it can be installed, and left out where it cannot.
 .venv/peers: .venv/ready
-	-.venv/bin/python -m pip install --quiet fbgemm-gpu-cpu==1.8.0
+	-.venv/bin/python -m pip install --quiet "$(TORCH)" "recsys-ops[torchrec]" && \
+		.venv/bin/python -m pip install --quiet --no-deps torchrec==1.8.0
 	touch $@
 
 demo: $(READY) ## train, accelerate and compare two recommenders on real data
 	$(RUN) demo
 
-test: $(READY) ## the fast tests, and in CI a share of the slow ones that changes daily
+test: $(READY) $(READY:ready=peers) ## the fast tests, and in CI a share of the slow ones that changes daily
 	$(PYTHON) -m pytest --slow=$(if $(CI),share,none)
 
-test-all: $(READY) ## every test
+test-all: $(READY) $(READY:ready=peers) ## every test
 	$(PYTHON) -m pytest --slow=all
 
 bench: $(READY) $(READY:ready=peers) ## measure every operator against its peers

@@ -11,8 +11,9 @@ import pytest
 SHARES = 6
 
 # What needs TorchRec to be imported, where it is not: tests of it skip themselves.
+_NEEDED = ("torchrec", "fbgemm_gpu", "tensordict", "torchmetrics", "tqdm", "pyre_extensions")
 _OF_TORCHREC = ["recsys_ops/torchrec", "tests/torchrec/same_batches.py", "tests/torchrec/two_ranks.py"]
-collect_ignore = [] if all(map(importlib.util.find_spec, ("torchrec", "fbgemm_gpu"))) else _OF_TORCHREC
+collect_ignore = [] if all(map(importlib.util.find_spec, _NEEDED)) else _OF_TORCHREC
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -156,6 +156,9 @@ def _findings(report: dict[str, Any], environment: dict[str, str]) -> Iterator[t
         yield f"there is a GPU, but PyTorch {cause}", "pip install --force-reinstall torch"
     if torch["gpus"] and packages["triton"] is None:
         yield "there is a GPU, but triton is not installed", "pip install triton"
+    if packages["torchrec"] and not (packages["fbgemm-gpu-cpu"] or packages["fbgemm-gpu"]):
+        fbgemm = "fbgemm-gpu" if torch["cuda"] else "fbgemm-gpu-cpu"
+        yield "torchrec is installed, but not FBGEMM", f"pip install {fbgemm}=={packages['torchrec']}"
     if "extension" not in package:
         yield f"recsys_ops does not import: {package['error']}", _rebuild()
     elif package["extension"] != "loads":

@@ -214,12 +214,12 @@ def test_a_copy_of_a_fused_collection_trains_by_itself() -> None:
 def test_fused_collection_whose_update_differs_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, features = fused("Adagrad"), keyed_inputs()
     held = train(model, features, 0)
-    right = torchrec_modules._optimizer
+    right = torchrec_modules.optimizer_of_tables
 
     def wrong(tables: Any) -> Any:
         return recsys_ops.optim.Adagrad(lr=right(tables).lr, eps=1e-2)
 
-    monkeypatch.setattr(torchrec_modules, "_optimizer", wrong)
+    monkeypatch.setattr(torchrec_modules, "optimizer_of_tables", wrong)
     report = recsys_ops.accelerate(model, features, measure=timed(2))
     assert status(report) == {"ebc": "put back"} and not report.agrees
     assert reason(report, "ebc").startswith("the whole model differs: updated ebc.")
@@ -235,6 +235,28 @@ def test_fused_collection_whose_update_differs_is_put_back(monkeypatch: pytest.M
 )
 def test_declines_fused_collections_that_do_more(name: str, options: dict[str, Any], expected: str) -> None:
     report = recsys_ops.accelerate(fused(name, **options))
+    assert (status(report)["ebc"], reason(report, "ebc")) == ("declined", expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "expected"),
+    [
+        ("lamb", {}, "its optimizer is lamb, and FBGEMM's leaves rows of zeros as they are"),
+        ("lars_sgd", {}, "its optimizer is lars_sgd"),
+        (
+            "adam",
+            {"weight_decay": 0.1, "weight_decay_mode": 1},
+            "its optimizer has weight_decay=0.1, which FBGEMM may ignore",
+        ),
+    ],
+)
+def test_declines_optimizers_that_differ(name: str, numbers: dict[str, Any], expected: str) -> None:
+    """FBGEMM has these on GPUs alone: here their names stand in for them."""
+    model = fused("SGD")
+    tables = model.ebc._emb_modules[0]._emb_module
+    tables.optimizer = name
+    tables.optimizer_args = tables.optimizer_args._replace(**numbers)
+    report = recsys_ops.accelerate(model)
     assert (status(report)["ebc"], reason(report, "ebc")) == ("declined", expected)
 
 

@@ -143,6 +143,11 @@ def test_a_healthy_machine_has_no_findings() -> None:
             "pip install rich jinja2",
         ),
         (
+            {"packages": {"torchrec": "1.8.0", "fbgemm-gpu-cpu": None, "fbgemm-gpu": None}},
+            "torchrec is installed, but not FBGEMM",
+            "pip install fbgemm-gpu-cpu==1.8.0",
+        ),
+        (
             {"tools": {"gpus": ["H100"]}},
             "there is a GPU, but PyTorch is built without CUDA",
             "pip install --force-reinstall torch",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,17 @@ except AttributeError as error:
 
 def test_the_command_line_and_the_doctor_import_without_anything() -> None:
     assert _run("import recsys_ops.cli, recsys_ops.doctor; print('ok')", ("torch", *OPTIONAL)) == ["ok"]
+
+
+def test_only_its_own_package_imports_torchrec_at_once() -> None:
+    package = ROOT / "recsys_ops"
+    at_once = re.compile(r"^(?:from|import) (?:torchrec|fbgemm_gpu|recsys_ops\.torchrec)\b", re.MULTILINE)
+    found = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if at_once.search(path.read_text())
+    }
+    assert found == {"torchrec"}
 
 
 @pytest.mark.parametrize("name", LINKED)

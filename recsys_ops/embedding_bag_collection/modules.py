@@ -18,6 +18,7 @@ from recsys_ops.embedding_bag_collection.api import (
     check_input,
     check_options,
     check_output_dtype,
+    check_tables,
     collection,
     default_output_dtype,
     place,
@@ -259,7 +260,8 @@ class EmbeddingBagCollection(PooledCollection):
     Args:
         tables: the tables.
         optimizer: one of ``recsys_ops.optim``: the backward then updates the tables, which get no
-            gradients. None: they get dense gradients, or sparse and coalesced ones.
+            gradients, and around which ``torch.compile`` breaks the graph. None: they get dense
+            gradients, or sparse and coalesced ones.
         device: of the tables.
         is_weighted: whether the weights of a ``KeyedJaggedTensor`` are used, as in TorchRec.
         sparse: see ``optimizer``.
@@ -311,6 +313,7 @@ class EmbeddingBagCollection(PooledCollection):
         self.embedding_bags = torch.nn.ModuleDict(
             {table.name: _Table(table, device, trained=optimizer is None) for table in tables}
         )
+        check_tables(self.weights)
         self.fused_optimizer = FusedOptimizer(optimizer, self.weights) if optimizer is not None else None
         self.reset_parameters()
 
@@ -370,6 +373,9 @@ class EmbeddingBagCollection(PooledCollection):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EmbeddingBagCollection:
         super()._apply(fn, recurse)
+        dtypes = [weight.dtype for weight in self.weights]
+        if (self.output_dtype == torch.float64) != (torch.float64 in dtypes):
+            self.output_dtype = default_output_dtype(dtypes)
         if self.fused_optimizer is not None:
             self.fused_optimizer.rebind(self.weights, fn)
         return self

@@ -14,29 +14,21 @@ from torch.nn.modules.module import _has_any_global_hook
 from recsys_ops.embedding_bag_collection import keyed
 from recsys_ops.embedding_bag_collection.autograd import FusedUpdate
 from recsys_ops.embedding_bag_collection.modules import EmbeddingBagCollection, TableConfig
-from recsys_ops.embedding_bag_collection.optimizers import (
-    SGD,
-    Adagrad,
-    Adam,
-    FusedOptimizer,
-    RowOptimizer,
-    RowWiseAdagrad,
-)
+from recsys_ops.embedding_bag_collection.optimizers import FusedOptimizer, RowOptimizer
 from recsys_ops.embedding_bag_collection.row_optimizers import STATES
+from recsys_ops.embedding_bag_collection.torchrec_optimizers import (
+    OPTIMIZERS,
+    PLAIN_UPDATE,
+    optimizer_named,
+)
 
 _MODULES = {
     "EmbeddingBagCollection": "torchrec.modules.embedding_modules",
     "FusedEmbeddingBagCollection": "torchrec.modules.fused_embedding_modules",
 }
-# What FBGEMM may do in an update that ours does not, and its value where it does not do that.
-_PLAIN_UPDATE = {
-    "gradient_clipping": False,
-    "max_norm": 0.0,
-    "learning_rate_mode": -1,
-    "counter_halflife": -1,
-    "weight_norm_coefficient": 0.0,
-    "use_rowwise_bias_correction": False,
-}
+# The dtypes of tables by the names that TorchRec's ``DataType`` gives them, and its poolings.
+DTYPES = {"FP32": torch.float32, "FP16": torch.float16, "BF16": torch.bfloat16}
+_POOLINGS = ("SUM", "MEAN")
 
 
 def torchrec_class(module: Any) -> type | None:
@@ -54,28 +46,67 @@ def is_fused(theirs: nn.Module) -> bool:
     return hasattr(theirs, "_emb_modules")
 
 
-def why_not_ours(theirs: Any) -> str | None:
-    """What a collection of TorchRec's does that ours does not, as a clause, or None."""
+def table_config(config: Any, weight: Tensor | None = None) -> TableConfig:
+    """What TorchRec's configuration of a table says, as ours; a weight says its own dtype.
+
+    Raises:
+        ValueError: it says something that ours cannot.
+    """
+    pooling = config.pooling.value
+    # TorchRec keeps BF16 tables in FP16, whatever their configurations say.
+    data_type = config.data_type.value if weight is None else _data_type(weight)
+    for name, got, known in (
+        ("pooling", pooling, _POOLINGS),
+        ("data_type", data_type, tuple(DTYPES)),
+        ("use_virtual_table", config.use_virtual_table, (False,)),
+    ):
+        if got not in known:
+            expected = " or ".join(map(str, known))
+            raise ValueError(f"table {config.name!r}: expected {name} {expected}, got {got}")
+    return TableConfig(
+        config.name,
+        config.num_embeddings,
+        config.embedding_dim,
+        tuple(config.feature_names),
+        pooling.lower(),
+        DTYPES[data_type],
+        config.init_fn,
+    )
+
+
+def _data_type(weight: Tensor) -> str:
+    return next((name for name, dtype in DTYPES.items() if dtype == weight.dtype), str(weight.dtype))
+
+
+def states_of(tables: Any) -> list[list[Tensor]]:
+    """What the optimizer of FBGEMM's module keeps of each table, in the order of ``STATES``."""
+    of_tables = tables.split_optimizer_states() or [()] * len(tables.embedding_specs)
+    return [[state.detach() for state in states] for states in of_tables]
+
+
+def why_not_ours(theirs: Any, *, optimizer: bool = True) -> str | None:
+    """What a collection of TorchRec's does that ours does not, as a clause, or None.
+
+    Without ``optimizer`` that of a fused one does not matter.
+    """
     kind = torchrec_class(theirs)
     assert kind is not None
     definer = next(c for c in type(theirs).__mro__ if "forward" in vars(c) and not issubclass(c, Accelerated))
     if definer.forward is not kind.forward or "forward" in vars(theirs):  # type: ignore[attr-defined]
         return f"{type(theirs).__name__} has a forward of its own"
-    names = [config.name for config in theirs.embedding_bag_configs()]
-    if sorted(names) != sorted(theirs.embedding_bags.keys()):
+    shapes = {c.name: (c.num_embeddings, c.embedding_dim) for c in theirs.embedding_bag_configs()}
+    if shapes != {name: tuple(bag.weight.shape) for name, bag in theirs.embedding_bags.items()}:
         return "its tables are not those of its configuration"
     weights = [bag.weight for bag in theirs.embedding_bags.values()]
     if len({id(weight) for weight in weights}) < len(weights):
         return "two of its tables share a weight"
     for name, weight in zip(theirs.embedding_bags, weights, strict=True):
-        if type(weight) is not nn.Parameter or weight.dtype not in (
-            torch.float32,
-            torch.float16,
-            torch.bfloat16,
-        ):
+        if type(weight) is not nn.Parameter or weight.dtype not in DTYPES.values():
             dtype = str(weight.dtype).removeprefix("torch.")
             return f"the weight of {name!r} is a {type(weight).__name__} of {dtype}"
-    return _why_not_fused(theirs) if is_fused(theirs) else _why_not_bags(theirs.embedding_bags.items())
+    if is_fused(theirs):
+        return (_why_not_optimizer(theirs) if optimizer else None) or _why_not_memory(theirs)
+    return _why_not_bags(theirs)
 
 
 def as_ours(theirs: Any) -> list[EmbeddingBagCollection]:
@@ -94,8 +125,8 @@ def as_ours(theirs: Any) -> list[EmbeddingBagCollection]:
         ours.sparse = next(iter(theirs.embedding_bags.values())).sparse
         return [ours]
     result = []
-    for (pooling, _), module in zip(theirs._key_to_tables, theirs._emb_modules, strict=True):
-        ours = _on_tables_of(theirs, module._embedding_tables, pooling.value.lower())
+    for module in theirs._emb_modules:
+        ours = _on_tables_of(theirs, module._embedding_tables)
         ours.fused_optimizer = _OptimizerOfFbgemm(module._emb_module, ours.weights)
         result.append(ours)
     return result
@@ -153,12 +184,11 @@ def changed_in_backward(theirs: Any) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for number, module in enumerate(theirs._emb_modules):
         tables = module._emb_module
-        of_tables = tables.split_optimizer_states() or [()] * len(module._embedding_tables)
         for config, weight, states in zip(
-            module._embedding_tables, tables.split_embedding_weights(), of_tables, strict=True
+            module._embedding_tables, tables.split_embedding_weights(), states_of(tables), strict=True
         ):
             found[f"{config.name}.weight"] = weight.detach()
-            found |= {f"{config.name}.state{i}": state.detach() for i, state in enumerate(states)}
+            found |= {f"{config.name}.state{i}": state for i, state in enumerate(states)}
         for name in ("iter", "iter_cpu", "learning_rate_tensor"):
             found[f"{name}{number}"] = getattr(tables, name)
     return found
@@ -179,14 +209,9 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _on_tables_of(theirs: Any, configs: Sequence[Any], pooling: str | None = None) -> EmbeddingBagCollection:
+def _on_tables_of(theirs: Any, configs: Sequence[Any]) -> EmbeddingBagCollection:
     bags = {config.name: theirs.embedding_bags[config.name] for config in configs}
-    tables = []
-    for config in configs:
-        bag = bags[config.name]
-        rows, columns = bag.weight.shape
-        mode = pooling or bag.mode
-        tables.append(TableConfig(config.name, rows, columns, config.feature_names, mode, bag.weight.dtype))
+    tables = [table_config(config, bags[config.name].weight) for config in configs]
     ours = EmbeddingBagCollection(
         tables, device="meta", is_weighted=theirs.is_weighted(), output_dtype=torch.float32
     )
@@ -194,9 +219,10 @@ def _on_tables_of(theirs: Any, configs: Sequence[Any], pooling: str | None = Non
     return ours.train(theirs.training)
 
 
-def _why_not_bags(bags: Any) -> str | None:
+def _why_not_bags(theirs: Any) -> str | None:
     options: set[bool] = set()
-    for name, bag in bags:
+    for config in theirs.embedding_bag_configs():
+        name, bag = config.name, theirs.embedding_bags[config.name]
         if not isinstance(bag, nn.EmbeddingBag):
             return f"{name!r} is a {type(bag).__name__}"
         for option, plain in (("padding_idx", None), ("max_norm", None), ("scale_grad_by_freq", False)):
@@ -204,23 +230,32 @@ def _why_not_bags(bags: Any) -> str | None:
                 return f"{name!r} has {option}={getattr(bag, option)}"
         if has_hooks(bag) or "forward" in vars(bag):
             return f"{name!r} has hooks"
-        if not bag.include_last_offset or bag.mode not in ("sum", "mean"):
+        if not bag.include_last_offset or bag.mode != config.pooling.value.lower():
             return f"{name!r} is not as TorchRec makes it"
         options.add(bag.sparse)
     return "only some of its tables are sparse" if len(options) > 1 else None
 
 
-def _why_not_fused(theirs: Any) -> str | None:
+def _why_not_optimizer(theirs: Any) -> str | None:
     for module in theirs._emb_modules:
         tables = module._emb_module
         name, arguments = str(tables.optimizer), tables.optimizer_args
-        if _optimizer(tables) is None:
+        if name not in OPTIMIZERS:
             return f"its optimizer is {name}"
-        for option, plain in _PLAIN_UPDATE.items():
+        if name == "lamb":
+            return "its optimizer is lamb, and FBGEMM's leaves rows of zeros as they are"
+        for option, plain in PLAIN_UPDATE.items():
             if getattr(arguments, option, plain) != plain:
                 return f"its optimizer has {option}={getattr(arguments, option)}"
-        if arguments.weight_decay and name != "adam":
+        decouples = name in ("adam", "partial_row_wise_adam") and arguments.weight_decay_mode in (0, 2)
+        if arguments.weight_decay and not decouples:
             return f"its optimizer has weight_decay={arguments.weight_decay}, which FBGEMM may ignore"
+    return None
+
+
+def _why_not_memory(theirs: Any) -> str | None:
+    for module in theirs._emb_modules:
+        tables = module._emb_module
         if tables.lxu_cache_weights.numel():
             return "its tables are behind a cache"
         for table, memory in zip(module._embedding_tables, tables.split_embedding_weights(), strict=True):
@@ -229,22 +264,18 @@ def _why_not_fused(theirs: Any) -> str | None:
     return None
 
 
-def _optimizer(tables: Any) -> RowOptimizer | None:
+def optimizer_of_tables(tables: Any) -> RowOptimizer:
     """The optimizer of FBGEMM's module as ours."""
-    arguments, lr = tables.optimizer_args, tables.get_learning_rate()
-    made: dict[str, Any] = {
-        "exact_sgd": lambda: SGD(lr=lr),
-        "exact_adagrad": lambda: Adagrad(lr=lr, eps=arguments.eps),
-        "exact_row_wise_adagrad": lambda: RowWiseAdagrad(lr=lr, eps=arguments.eps),
-        "adam": lambda: Adam(
-            lr=lr,
-            eps=arguments.eps,
-            betas=(arguments.beta1, arguments.beta2),
-            weight_decay=arguments.weight_decay,
-            weight_decay_mode="decoupled",
-        ),
-    }
-    return made[str(tables.optimizer)]() if str(tables.optimizer) in made else None
+    arguments = tables.optimizer_args
+    return optimizer_named(
+        str(tables.optimizer),
+        lr=tables.get_learning_rate(),
+        eps=arguments.eps,
+        betas=(arguments.beta1, arguments.beta2),
+        weight_decay=arguments.weight_decay,
+        weight_decay_mode=arguments.weight_decay_mode,
+        stochastic_rounding=arguments.stochastic_rounding,
+    )
 
 
 class _OptimizerOfFbgemm(FusedOptimizer):
@@ -252,16 +283,13 @@ class _OptimizerOfFbgemm(FusedOptimizer):
 
     def __init__(self, tables: Any, weights: Sequence[nn.Parameter]) -> None:
         self._tables = tables
-        config = _optimizer(tables)
-        assert config is not None
-        super().__init__(config, weights)
+        super().__init__(optimizer_of_tables(tables), weights)
 
     def reset_state(self) -> None:
         """Use FBGEMM's."""
-        of_tables = self._tables.split_optimizer_states() or [()] * len(self.weights)
-        for weight, states in zip(self.weights, of_tables, strict=True):
+        for weight, states in zip(self.weights, states_of(self._tables), strict=True):
             named = zip(STATES[self.config.kind], states, strict=True)
-            self.state[weight] = {"step": self.count} | {name: state.detach() for name, state in named}
+            self.state[weight] = {"step": self.count} | dict(named)
 
     def update(self) -> FusedUpdate:
         """What the next backward is told; like FBGEMM, it counts a step in the forward."""

@@ -8,8 +8,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"recsys_ops.torchrec needs TorchRec and FBGEMM ({error}), on a machine without a GPU: "
-        "pip install fbgemm-gpu-cpu==1.8.0 tensordict torchmetrics==1.0.3 tqdm pyre-extensions; "
-        "pip install --no-deps torchrec==1.8.0"
+        "pip install 'recsys-ops[torchrec]'; pip install --no-deps torchrec==1.8.0"
     ) from error
 
 from recsys_ops.torchrec.collection import EmbeddingBagCollection, from_torchrec, to_torchrec

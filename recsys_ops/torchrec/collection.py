@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import (
-    DataType,
-    EmbeddingBagConfig,
-    PoolingType,
-    data_type_to_dtype,
-    dtype_to_data_type,
-)
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, dtype_to_data_type
 from torchrec.modules.embedding_modules import EmbeddingBagCollection as TorchRecCollection
 from torchrec.modules.embedding_modules import EmbeddingBagCollectionInterface
 from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
@@ -23,10 +17,13 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from recsys_ops.embedding_bag_collection import modules
 from recsys_ops.embedding_bag_collection.optimizers import RowOptimizer
 from recsys_ops.embedding_bag_collection.row_optimizers import STATES
-from recsys_ops.torchrec.optimizers import optimizer_of
-
-_POOLINGS = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
-_DATA_TYPES = (DataType.FP32, DataType.FP16, DataType.BF16)
+from recsys_ops.embedding_bag_collection.torchrec_modules import (
+    DTYPES,
+    optimizer_of_tables,
+    states_of,
+    table_config,
+    why_not_ours,
+)
 
 
 class EmbeddingBagCollection(modules.EmbeddingBagCollection, EmbeddingBagCollectionInterface):
@@ -68,7 +65,7 @@ class EmbeddingBagCollection(modules.EmbeddingBagCollection, EmbeddingBagCollect
         **options: Any,
     ) -> None:
         super().__init__(
-            [_table(config) for config in tables], optimizer, device, is_weighted=is_weighted, **options
+            [table_config(config) for config in tables], optimizer, device, is_weighted=is_weighted, **options
         )
         self._embedding_bag_configs = [
             dataclasses.replace(config, feature_names=list(table.features))
@@ -122,8 +119,9 @@ def from_torchrec(
 
     Raises:
         TypeError: ``ebc`` is something else, a subclass or a sharded collection for two.
-        ValueError: the fused optimizer has no equal here; a table to be updated is frozen; or a fused
-            collection mixes poolings so that TorchRec gives its values in another order than their names.
+        ValueError: ``ebc`` does what ours does not, in its fused optimizer for one; a table to be updated
+            is frozen; or a fused collection mixes poolings so that TorchRec gives its values in another
+            order than their names.
 
     Example:
         >>> import torch, torchrec, recsys_ops
@@ -145,18 +143,18 @@ def from_torchrec(
     if fused and (order := _order_of_values(configs)) != [config.name for config in configs]:
         # Its keys are in the order of tables, its values are not: whatever learnt from them would break.
         raise ValueError(f"from_torchrec: TorchRec fuses these tables in another order, {order}")
-    taken_over = optimizer is None and fused
-    if taken_over:
-        optimizer = optimizer_of({"optimizer": ebc.optimizer_type(), **ebc.optimizer_kwargs()})
-    # TorchRec keeps BF16 tables in FP16, whatever their configurations say.
-    configs = [
-        dataclasses.replace(config, data_type=dtype_to_data_type(weight.dtype))
-        for config, weight in zip(configs, weights, strict=True)
-    ]
-    ours = EmbeddingBagCollection(configs, ebc.is_weighted(), "meta", optimizer, **options)
+    if reason := why_not_ours(ebc, optimizer=optimizer is None):
+        raise ValueError(f"from_torchrec: expected what TorchRec's and ours both do, got: {reason}")
+    engines: list[Any] = []
+    if fused and optimizer is None:
+        engines = [lookups._emb_module for lookups in ebc._emb_modules]
+        optimizer = optimizer_of_tables(engines[0])
+    ours = EmbeddingBagCollection(
+        _of_dtypes(configs, weights), ebc.is_weighted(), "meta", optimizer, **options
+    )
     ours.adopt(weights)
-    if taken_over:
-        _take_over(ours, ebc)
+    if engines:
+        _take_over(ours, engines)
     return ours.train(ebc.training)
 
 
@@ -174,12 +172,9 @@ def to_torchrec(ebc: EmbeddingBagCollection) -> TorchRecCollection:
         >>> to_torchrec(EmbeddingBagCollection([table])).embedding_bags["t"].weight.shape
         torch.Size([10, 4])
     """
-    if unknown := [w.dtype for w in ebc.weights if w.dtype not in map(data_type_to_dtype, _DATA_TYPES)]:
+    if unknown := [w.dtype for w in ebc.weights if w.dtype not in DTYPES.values()]:
         raise ValueError(f"to_torchrec: expected tables of fp32, fp16 or bf16, got {unknown[0]}")
-    configs = [
-        dataclasses.replace(config, data_type=dtype_to_data_type(weight.dtype))
-        for config, weight in zip(ebc.embedding_bag_configs(), ebc.weights, strict=True)
-    ]
+    configs = _of_dtypes(ebc.embedding_bag_configs(), ebc.weights)
     theirs = TorchRecCollection(configs, ebc.is_weighted(), torch.device("meta"))
     theirs._device = ebc.device
     for table, weight in zip(theirs.embedding_bags.values(), ebc.weights, strict=True):
@@ -187,22 +182,12 @@ def to_torchrec(ebc: EmbeddingBagCollection) -> TorchRecCollection:
     return theirs.train(ebc.training)
 
 
-def _table(config: EmbeddingBagConfig) -> modules.TableConfig:
-    if config.pooling not in _POOLINGS:
-        raise ValueError(f"table {config.name!r}: expected pooling SUM or MEAN, got {config.pooling}")
-    if config.data_type not in _DATA_TYPES:
-        raise ValueError(f"table {config.name!r}: expected FP32, FP16 or BF16, got {config.data_type}")
-    if config.use_virtual_table:
-        raise ValueError(f"table {config.name!r}: expected use_virtual_table=False, got True")
-    return modules.TableConfig(
-        config.name,
-        config.num_embeddings,
-        config.embedding_dim,
-        tuple(config.feature_names),
-        _POOLINGS[config.pooling],
-        data_type_to_dtype(config.data_type),
-        config.init_fn,
-    )
+def _of_dtypes(configs: Sequence[EmbeddingBagConfig], weights: Sequence[Tensor]) -> list[EmbeddingBagConfig]:
+    """Configurations that say the dtypes which their tables have: TorchRec keeps BF16 tables in FP16."""
+    return [
+        dataclasses.replace(config, data_type=dtype_to_data_type(weight.dtype))
+        for config, weight in zip(configs, weights, strict=True)
+    ]
 
 
 def _parameter(table: torch.nn.Module) -> torch.nn.Parameter:
@@ -218,24 +203,20 @@ def _order_of_values(configs: Sequence[EmbeddingBagConfig]) -> list[str]:
     return [config.name for config in ordered]
 
 
-def _take_over(ours: EmbeddingBagCollection, ebc: FusedEmbeddingBagCollection) -> None:
-    """Share the state of FBGEMM's optimizer, and go on from its step."""
+def _take_over(ours: EmbeddingBagCollection, engines: Sequence[Any]) -> None:
+    """Share the state of FBGEMM's optimizers, and go on from their step."""
     fused = ours.fused_optimizer
     assert fused is not None
-    state = ebc.fused_optimizer().state_dict()["state"]
-    names = list(STATES[fused.config.kind])
-    for config, weight in zip(ours.embedding_bag_configs(), ours.weights, strict=True):
-        key = f"{config.name}.weight"
-        for number, name in enumerate(names, start=1):
-            theirs = state[key][f"{key}.momentum_{number}"]
+    of_tables = [states for engine in engines for states in states_of(engine)]
+    for table, weight, states in zip(ours.tables, ours.weights, of_tables, strict=True):
+        for name, theirs in zip(STATES[fused.config.kind], states, strict=True):
             own = fused.state[weight][name]
             if theirs.shape != own.shape or theirs.dtype != own.dtype:
                 raise ValueError(
-                    f"from_torchrec: expected {name} of {config.name!r} to be {own.dtype} {list(own.shape)}, "
+                    f"from_torchrec: expected {name} of {table.name!r} to be {own.dtype} {list(own.shape)}, "
                     f"got {theirs.dtype} {list(theirs.shape)}"
                 )
             fused.state[weight][name] = theirs
-    engines = [lookups._emb_module for lookups in ebc._emb_modules]
     steps, rates = {int(e.iter.item()) for e in engines}, {e.get_learning_rate() for e in engines}
     if len(steps) != 1 or len(rates) != 1:
         raise ValueError(

@@ -39,11 +39,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys_ops.embedding_bag_collection import modules
 from recsys_ops.embedding_bag_collection.row_optimizers import STATES
+from recsys_ops.embedding_bag_collection.torchrec_modules import table_config
 from recsys_ops.torchrec.collection import EmbeddingBagCollection
 from recsys_ops.torchrec.optimizers import optimizer_of
 
 CUSTOMIZED = EmbeddingComputeKernel.CUSTOMIZED_KERNEL
-_POOLINGS = {PoolingMode.SUM: "sum", PoolingMode.MEAN: "mean"}
 _SHARDING_TYPES = (
     ShardingType.DATA_PARALLEL,
     ShardingType.TABLE_WISE,
@@ -67,13 +67,14 @@ class _Shards(modules.EmbeddingBagCollection):
         dtype = data_type_to_dtype(config.data_type)
         # A rank may have several shards of one table, and groups name a feature once for each.
         tables = [
-            modules.TableConfig(
-                f"{number}_{table.name}",
-                rows[number],
-                columns[number],
-                [f"{number}_{feature}" for feature in table.feature_names],
-                _POOLINGS[pooling],
-                dtype,
+            dataclasses.replace(
+                table_config(table),
+                name=f"{number}_{table.name}",
+                num_embeddings=rows[number],
+                embedding_dim=columns[number],
+                features=[f"{number}_{feature}" for feature in table.feature_names],
+                # Not the table's: shards of rows are summed, and TorchRec makes means of them later.
+                pooling=pooling.name.lower(),
             )
             for number, table in enumerate(config.embedding_tables)
         ]
@@ -356,6 +357,13 @@ def gather(state_dict: Mapping[str, Any], rank: int = 0) -> dict[str, Any]:
     Args:
         state_dict: with ``ShardedTensor``; anything else is given back as it is.
         rank: that gets the tensors, on the CPU.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> gather({"over.bias": torch.zeros(2)})
+        {'over.bias': tensor([0., 0.])}
+        >>> dist.destroy_process_group()
     """
     result = {}
     here = dist.get_rank() == rank

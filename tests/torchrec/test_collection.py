@@ -102,9 +102,9 @@ def test_tables_have_the_dtype_that_is_asked_for(data_type: DataType) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data_type": DataType.INT8}, "FP32, FP16 or BF16"),
-        ({"pooling": PoolingType.NONE}, "SUM or MEAN"),
-        ({"use_virtual_table": True}, "virtual"),
+        ({"data_type": DataType.INT8}, "data_type FP32 or FP16 or BF16"),
+        ({"pooling": PoolingType.NONE}, "pooling SUM or MEAN"),
+        ({"use_virtual_table": True}, "use_virtual_table False"),
     ],
 )
 def test_what_it_cannot_be_it_refuses(changes: dict[str, Any], message: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
+import dataclasses
 from typing import Any
 
 import pytest
@@ -130,7 +130,9 @@ def test_a_fused_collection_is_taken_over_amid_training(
     ours = from_torchrec(theirs)
     fused = ours.fused_optimizer
     assert fused is not None
-    assert fused.config == optimizer
+    # FBGEMM keeps the learning rate in fp32.
+    assert fused.config == dataclasses.replace(optimizer, lr=fused.config.lr)
+    assert fused.config.lr == pytest.approx(optimizer.lr)
     shared = [
         theirs.embedding_bags[c.name].weight.data_ptr() == w.data_ptr()
         for c, w in zip(configs(), ours.weights, strict=True)
@@ -156,6 +158,27 @@ def test_a_fused_collection_whose_values_are_not_in_the_order_of_its_keys_is_ref
         from_torchrec(theirs)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient_clipping": True}, "gradient_clipping=True"),
+        ({"weight_decay": 0.1}, "which FBGEMM may ignore"),
+    ],
+)
+def test_an_optimizer_that_does_more_is_not_taken_over(arguments: dict[str, Any], message: str) -> None:
+    theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1, **arguments})
+    with pytest.raises(ValueError, match=message):
+        from_torchrec(theirs)
+    assert from_torchrec(theirs, SGD(lr=0.1)).fused_optimizer is not None
+
+
+def test_a_collection_that_was_changed_is_refused() -> None:
+    theirs = torchrec.EmbeddingBagCollection(configs())
+    theirs.embedding_bags["words"].padding_idx = 0
+    with pytest.raises(ValueError, match="'words' has padding_idx=0"):
+        from_torchrec(theirs)
+
+
 def test_another_optimizer_starts_afresh() -> None:
     theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
     train(theirs, range(2))
@@ -168,26 +191,22 @@ def test_another_optimizer_starts_afresh() -> None:
 def test_a_fused_adam_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
     # FBGEMM has none on a CPU: the state is a stand-in with its names.
     theirs, _ = fused_pair(torch.optim.SGD, {"lr": 0.1})
-    states = {
-        f"{c.name}.weight": {f"{c.name}.weight.momentum_{n}": torch.rand(w.shape) for n in (1, 2)}
-        for c, w in zip(configs(), theirs.parameters(), strict=True)
-    }
-    monkeypatch.setattr(theirs, "_optimizer_type", torch.optim.Adam)
-    monkeypatch.setattr(theirs, "_optimizer_kwargs", {"lr": 0.1, "beta1": 0.5})
-    monkeypatch.setattr(
-        theirs, "fused_optimizer", lambda: SimpleNamespace(state_dict=lambda: {"state": states})
-    )
-    for engine in theirs._emb_modules:
-        engine._emb_module.iter.fill_(7)
+    (lookups,) = theirs._emb_modules
+    engine = lookups._emb_module
+    states = [(torch.rand(w.shape), torch.rand(w.shape)) for w in theirs.parameters()]
+    monkeypatch.setattr(engine, "optimizer", EmbOptimType.ADAM)
+    monkeypatch.setattr(engine, "optimizer_args", engine.optimizer_args._replace(beta1=0.5))
+    monkeypatch.setattr(engine, "split_optimizer_states", lambda: states)
+    engine.iter.fill_(7)
     ours = from_torchrec(theirs)
     fused = ours.fused_optimizer
     assert fused is not None
-    assert fused.config == Adam(lr=0.1, betas=(0.5, 0.999))
+    assert fused.config == dataclasses.replace(Adam(betas=(0.5, 0.999)), lr=fused.config.lr)
+    assert fused.config.lr == pytest.approx(0.1)
     assert int(fused.count) == 7
-    for config, weight in zip(configs(), ours.weights, strict=True):
+    for weight, of_table in zip(ours.weights, states, strict=True):
         own = [fused.state[weight][name] for name in ("exp_avg", "exp_avg_sq")]
-        theirs_of_table = states[f"{config.name}.weight"].values()
-        assert [a is b for a, b in zip(own, theirs_of_table, strict=True)] == [True, True]
+        assert [a.data_ptr() for a in own] == [b.data_ptr() for b in of_table]
     train(ours, range(1))
     assert int(fused.count) == 8
 
@@ -213,12 +232,11 @@ def test_the_learning_rate_of_the_moment_is_taken_over() -> None:
                 "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
                 "weight_decay": 0.1,
                 "weight_decay_mode": WeightDecayMode.L2,
-                "gradient_clipping": True,
-                "max_gradient": 2.0,
+                "gradient_clipping": False,
                 "stochastic_rounding": False,
                 "cache_load_factor": 0.3,
             },
-            RowWiseAdagrad(lr=0.01, weight_decay=0.1, max_gradient=2.0, stochastic_rounding=False),
+            RowWiseAdagrad(lr=0.01, weight_decay=0.1, stochastic_rounding=False),
         ),
         (
             {"optimizer": EmbOptimType.ADAM, "betas": (0.5, 0.6), "weight_decay": 0.1},
@@ -240,7 +258,9 @@ def test_names_of_optimizers(params: dict[str, Any], expected: RowOptimizer) -> 
     [
         ({"optimizer": EmbOptimType.LARS_SGD}, "got 'lars_sgd'"),
         ({"optimizer": EmbOptimType.EXACT_SGD, "weight_decay": 0.1}, "FBGEMM ignores weight_decay"),
-        ({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}, "mode NONE"),
+        ({"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "weight_decay": 0.1}, "weight_decay_mode 0"),
+        # FBGEMM clamps the gradients of pooled rows, before it sums them.
+        ({"gradient_clipping": True, "max_gradient": 1.0}, "knows no gradient_clipping"),
         ({"optimizer": EmbOptimType.ADAM, "max_norm": 1.0, "momentm": 0.1}, "knows no max_norm, momentm"),
         ({"optimizer": Adam(), "eps": 0.1}, "nothing beside"),
         ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
