@@ -11,12 +11,13 @@ import tiny_suite as tiny
 import torch
 
 from recsys_ops.benchmarks import ceilings as ceilings_module
+from recsys_ops.benchmarks.cases.embedding_bag import Case, make_workload
 from recsys_ops.benchmarks.ceilings import measure_ceilings
 from recsys_ops.benchmarks.machine import cache_bytes
 from recsys_ops.benchmarks.measure import Figures, Row, measure
 from recsys_ops.benchmarks.registry import Candidate, Inputs, Unsupported, Workload, suites
 from recsys_ops.benchmarks.results import ceiling_cells
-from recsys_ops.benchmarks.suites.embedding_bag import Case, make_workload, suite
+from recsys_ops.benchmarks.suites.embedding_bag import suite
 from recsys_ops.benchmarks.targets import judge
 from recsys_ops.embedding_bag.api import OPERATOR
 from recsys_ops.embedding_bag.cost import Cost
