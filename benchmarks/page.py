@@ -11,6 +11,7 @@ import numpy as np
 from recsys_ops import html
 from recsys_ops.benchmarks.ceilings import Ceilings
 from recsys_ops.benchmarks.measure import Row
+from recsys_ops.benchmarks.registry import OURS
 from recsys_ops.benchmarks.results import (
     HEADERS,
     VERDICT_HEADERS,
@@ -53,6 +54,11 @@ _ROOFLINE_CAPTION = (
     "Each point is one candidate on one workload. Operations per byte count the least traffic, every "
     "distinct row once, so a workload whose rows are found in a cache may lie above the lines of memory."
 )
+_GROWTH_CAPTION = (
+    "Both axes are logarithmic. Each line is one candidate; its exponent is the slope of the straight line "
+    "that fits it best, so 1 is time that grows as fast as the size, and 0 time that does not grow. Dotted "
+    "lines have exponent 1 and start where ours does."
+)
 
 
 def render_results(results: Results) -> str:
@@ -68,6 +74,9 @@ def render_results(results: Results) -> str:
         figure = ratio_figure(results.rows)
         plot = figure_html(figure, "how many times faster ours is than each peer", _RATIO_CAPTION)
         sections.append(Section("Against peers", plot))
+    if any(row.growth and row.figures for row in results.rows):
+        plot = figure_html(growth_figure(results.rows), "time of a call over sizes", _GROWTH_CAPTION)
+        sections.append(Section("How time grows", plot))
     if results.ceilings and any(row.figures for row in results.rows):
         limits = table_html(["limit of this machine", "measured"], ceiling_cells(results.ceilings), [1])
         figure = roofline_figure(results.ceilings, results.rows)
@@ -129,6 +138,48 @@ def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
+
+
+def growth_figure(rows: Sequence[Row]) -> Figure:
+    """Time over what grows, a panel for each such thing and pass, with lines of exponent 1 beside ours."""
+    series: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.growth and row.figures:
+            panel = series.setdefault((row.growth.of, row.pass_), {})
+            panel.setdefault(row.candidate, []).append((row.growth.size, row.figures.seconds))
+    candidates = list(dict.fromkeys(candidate for panel in series.values() for candidate in panel))
+    columns = len({pass_ for _, pass_ in series})
+    lines = -(-len(series) // columns)
+    with new_figure(10.5, 3.6 * lines) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False).flat
+        for axes, ((of, pass_), panel) in zip(grid, sorted(series.items()), strict=False):
+            for candidate, points in panel.items():
+                sizes, seconds = np.array(sorted(points)).T
+                index = candidates.index(candidate)
+                axes.plot(
+                    sizes,
+                    seconds * 1e3,
+                    marker=_MARKERS[index % len(_MARKERS)],
+                    color=_COLORS[index % len(_COLORS)],
+                    linewidth=2.2 if candidate == OURS else 1.2,
+                    label=f"{candidate}{_exponent(sizes, seconds)}",
+                )
+                if candidate == OURS:
+                    axes.plot(sizes, seconds[0] * 1e3 * sizes / sizes[0], ":", color=html.GREY, linewidth=1)
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_xlabel(of)
+            axes.set_ylabel("ms of a call")
+            axes.set_title(f"{pass_}, by {of}")
+            axes.legend(fontsize=9)
+    return figure
+
+
+def _exponent(sizes: np.ndarray, seconds: np.ndarray) -> str:
+    if len(sizes) < 2:
+        return ""
+    slope, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
+    return f", exponent {slope:.2f}"
 
 
 def roofline_figure(ceilings: Ceilings, rows: Sequence[Row]) -> Figure:

@@ -61,7 +61,7 @@ def _prepare_fbgemm(workload: Workload, inputs: Inputs) -> Run:
         if refused:
             raise Unsupported(why)
     if case.gradient is None:
-        pool = fbgemm.pooled_lookup(table, case.mode)
+        pool = fbgemm.pooled_lookup([table], case.mode, table.dtype)
         return lambda batch: pool(batch.ids, batch.offsets, batch.weights)
     step = fbgemm.pooled_step(table, case.mode)
     return lambda batch: (*step(batch.ids, batch.offsets, batch.grad), None)
