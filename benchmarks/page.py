@@ -27,7 +27,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = (html.BLUE, html.ORANGE, html.PURPLE, html.GREEN, html.SKY, html.VERMILION, "#000000")
+_COLORS = (
+    html.BLUE,
+    html.ORANGE,
+    html.PURPLE,
+    html.GREEN,
+    html.SKY,
+    html.VERMILION,
+    "#000000",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#44AA99",
+    "#F0E442",
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COARSE_TICKS = tuple(10.0**power for power in range(-3, 6))
 _FINE_TICKS = (*_COARSE_TICKS, 0.2, 0.5, 2, 5, 20, 50)
@@ -100,8 +113,9 @@ def ratio_figure(rows: Sequence[Row]) -> Figure:
         upper = [figure.add_subplot(grid[0, i]) for i in range(len(usual))]
         for axes, peer in zip(upper, usual, strict=True):
             bars = {workloads.index(row.workload): row for row in compared if row.candidate == peer}
-            _bars(axes, bars, workloads if axes is upper[0] else [""] * len(workloads))
-            axes.set_title(f"against {peer}")
+            labels = workloads if axes is upper[0] else [""] * len(workloads)
+            _bars(axes, bars, labels, room=0.1 * max(2, len(usual)))
+            axes.set_title(f"against\n{peer}" if len(usual) > 3 else f"against {peer}")
         if others:
             axes = figure.add_subplot(grid[1, :])
             _bars(axes, dict(enumerate(others)), [f"{row.workload}, {row.candidate}" for row in others])
@@ -109,8 +123,8 @@ def ratio_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
-    """Horizontal bars from 1, longer the further from it, on a logarithmic axis."""
+def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str], room: float = 0.2) -> None:
+    """Horizontal bars from 1, longer the further from it, on a logarithmic axis with room for figures."""
     ratios = {place: row.ours_speedup for place, row in bars.items() if row.ours_speedup}
     places, values = list(ratios), [ratio.value for ratio in ratios.values()]
     colors = [html.BLUE if value >= 1 else html.VERMILION for value in values]
@@ -129,7 +143,7 @@ def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
     axes.set_xscale("log")
     lowest = min([0.8, *(ratio.low for ratio in ratios.values())])
     highest = max([1.25, *(ratio.high for ratio in ratios.values())])
-    axes.set_xlim(lowest / 1.1, highest * (highest / lowest) ** 0.2)
+    axes.set_xlim(lowest / 1.1, highest * (highest / lowest) ** room)
     choice = _FINE_TICKS if highest / lowest <= _FINE_TICKS_SPAN else _COARSE_TICKS
     ticks = sorted(t for t in choice if lowest / 1.1 <= t <= highest * 1.1)
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
@@ -166,12 +180,14 @@ def growth_figure(rows: Sequence[Row]) -> Figure:
                 )
                 if candidate == OURS:
                     axes.plot(sizes, seconds[0] * 1e3 * sizes / sizes[0], ":", color=html.GREY, linewidth=1)
+            longest = max(seconds for points in panel.values() for _, seconds in points)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.set_ylim(top=8e3 * longest)
             axes.set_xlabel(of)
             axes.set_ylabel("ms of a call")
             axes.set_title(f"{pass_}, by {of}")
-            axes.legend(fontsize=9)
+            axes.legend(fontsize=9, loc="upper left")
     return figure
 
 

@@ -50,7 +50,7 @@ def collection(tables: Sequence[Tensor], features: Sequence[Sequence[str]], mode
 def fused_collection(
     tables: Sequence[Tensor], features: Sequence[Sequence[str]], mode: str, optimizer: str, lr: float
 ) -> tuple[Any, list[Tensor]]:
-    """A ``FusedEmbeddingBagCollection`` of copies of these tables, and the copies: its backward updates them."""
+    """A ``FusedEmbeddingBagCollection`` of copies of these tables, and those, which it updates."""
     optimizers = {
         "sgd": torch.optim.SGD,
         "adagrad": torch.optim.Adagrad,

@@ -43,7 +43,7 @@ class Case:
     mode: str = "sum"
     features_per_table: int = 1
     tables_per_feature: int = 1
-    keyed: Literal["made before", "made anew"] | None = None  # a KeyedJaggedTensor as input
+    keyed: Literal["made before", "made in the call"] | None = None  # a KeyedJaggedTensor as input
     optimizer: str | None = None  # of ``OPTIMIZERS``: a training step
     format: str | None = None  # quantised tables
     half_scales: bool = False  # whether their scales are in half precision
@@ -120,9 +120,7 @@ def conditions_of(case: Case, rows_from: str) -> str:
     if case.tables_per_feature > 1:
         parts.append(f"{case.tables_per_feature} tables of each feature")
     if case.keyed:
-        parts.append(
-            f"as a KeyedJaggedTensor, {case.keyed}" + " for every call" * (case.keyed == "made anew")
-        )
+        parts.append(f"as a KeyedJaggedTensor {case.keyed}")
     if case.optimizer:
         parts.append(f"forward, backward and update, {case.optimizer.replace('_', ' ')}")
     parts.append("caches flushed before every call" if rows_from == "memory" else "caches warm")

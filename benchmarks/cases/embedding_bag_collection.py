@@ -63,7 +63,7 @@ def cpu_workloads() -> list[Workload]:
     return [
         served("serve/T26/B1/D64", quick=True),
         served("serve/T26/B1/D64/keyed", quick=True, keyed="made before"),
-        served("serve/T26/B1/D64/keyed-anew", keyed="made anew"),
+        served("serve/T26/B1/D64/keyed-anew", keyed="made in the call"),
         served("serve/T26/B1/D64/int8", format="int8"),
         served("serve/T26/B1/D64/L20", lengths=(1, 39)),
         served("serve/T26/B64/D64", bags=64, lengths=(1, 39)),

@@ -63,7 +63,7 @@ def _runner(case: Case, pool: Pool, tables: Sequence[Tensor], update: Callable[[
 
 def _runner_of_keyed(module: Any, case: Case, inputs: Inputs, tables: Sequence[Tensor]) -> Run:
     """Of what takes a ``KeyedJaggedTensor``, made by the call if the case says so."""
-    if case.keyed == "made anew":
+    if case.keyed == "made in the call":
         return lambda batch: module(_keyed(case, batch)).values()
     batches = _by_number(inputs, functools.partial(_keyed, case))
     return _runner(case, lambda batch: module(batches[batch.number]).values(), tables)

@@ -201,9 +201,10 @@ def test_zipf_names_few_rows_often() -> None:
     assert share_of_hottest("zipf") > 10 * share_of_hottest("uniform")
 
 
+@pytest.mark.parametrize("operator", ["embedding_bag", "embedding_bag_collection"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_suites_are_found_with_unique_names_and_targets_that_match(device: str) -> None:
-    suite = suites(device)["embedding_bag"]
+def test_suites_are_found_with_unique_names_and_targets_that_match(device: str, operator: str) -> None:
+    suite = suites(device)[operator]
     names = [workload.name for workload in suite.workloads]
     assert len(set(names)) == len(names)
     assert any(workload.quick for workload in suite.workloads)
