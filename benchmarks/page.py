@@ -180,14 +180,16 @@ def growth_figure(rows: Sequence[Row]) -> Figure:
                 )
                 if candidate == OURS:
                     axes.plot(sizes, seconds[0] * 1e3 * sizes / sizes[0], ":", color=html.GREY, linewidth=1)
-            longest = max(seconds for points in panel.values() for _, seconds in points)
+            measured = [1e3 * seconds for points in panel.values() for _, seconds in points]
             axes.set_xscale("log")
             axes.set_yscale("log")
-            axes.set_ylim(top=8e3 * longest)
+            axes.set_ylim(10 ** np.floor(np.log10(min(measured))), 8 * max(measured))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
             axes.set_xlabel(of)
             axes.set_ylabel("ms of a call")
             axes.set_title(f"{pass_}, by {of}")
-            axes.legend(fontsize=9, loc="upper left")
+            axes.legend(fontsize=9, loc="upper left", frameon=True, framealpha=0.9, edgecolor="white")
     return figure
 
 
