@@ -1,10 +1,10 @@
-"""FBGEMM's table-batched embeddings, with one table, as a peer."""
+"""FBGEMM's table-batched embeddings as a peer."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,23 +26,73 @@ def missing(device: str) -> str | None:
     return None
 
 
-def pooled_lookup(table: Tensor, mode: str) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """(ids, offsets, weights) -> pooled rows, without a check of the ids; copies the table."""
+def pooled_lookup(
+    tables: Sequence[Tensor],
+    mode: str,
+    output_dtype: torch.dtype,
+    table_of_lookup: Sequence[int] | None = None,
+    optimizer: str | None = None,
+    learning_rate: float = 0.01,
+) -> Any:
+    """(ids, offsets, weights) -> pooled rows of all lookups, without a check of the ids; copies the tables.
+
+    Its backward updates the tables, which are its ``split_embedding_weights()``.
+
+    Args:
+        tables: of one dtype and device.
+        mode: "sum" or "mean".
+        output_dtype: of the pooled rows.
+        table_of_lookup: the table of each lookup, by default one lookup of each.
+        optimizer, learning_rate: of the update; by default there is none to speak of.
+    """
     tbe = _module("split_table_batched_embeddings_ops_training")
     common = _module("split_table_batched_embeddings_ops_common")
-    precision = _precision(table.dtype)
-    on_cpu = table.device.type == "cpu"
+    on_cpu = tables[0].device.type == "cpu"
     location = common.EmbeddingLocation.HOST if on_cpu else common.EmbeddingLocation.DEVICE
     compute = tbe.ComputeDevice.CPU if on_cpu else tbe.ComputeDevice.CUDA
+    kinds = _module("split_embedding_configs").EmbOptimType
+    if optimizer not in (None, "sgd", "rowwise_adagrad", "adagrad") and on_cpu:
+        raise Unsupported(f"no {optimizer} on a CPU")
+    kind = kinds.ADAM if optimizer == "adam" else kinds[f"EXACT_{(optimizer or 'sgd').upper()}"]
     module = tbe.SplitTableBatchedEmbeddingBagsCodegen(
-        [(*table.shape, location, compute)],
+        [(*table.shape, location, compute) for table in tables],
+        feature_table_map=None if table_of_lookup is None else list(table_of_lookup),
         pooling_mode=_pooling(mode),
-        weights_precision=precision,
-        output_dtype=precision,
+        weights_precision=_precision(tables[0].dtype),
+        output_dtype=_precision(output_dtype),
+        optimizer=kind,
+        learning_rate=learning_rate,
+        stochastic_rounding=False,
         bounds_check_mode=common.BoundsCheckMode.NONE,
-        device=table.device,
+        device=tables[0].device,
     )
-    module.split_embedding_weights()[0].copy_(table)
+    for weight, table in zip(module.split_embedding_weights(), tables, strict=True):
+        weight.view(table.shape).copy_(table)
+    return module
+
+
+def quantised_lookup(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], format: str, dim: int, mode: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(int32 ids, int32 offsets) -> pooled rows in fp32; copies the codes, and the scales in fp16."""
+    if format not in ("int8", "int4"):
+        raise Unsupported(f"its {format} is another format, without scales of rows")
+    inference = _module("split_table_batched_embeddings_ops_inference")
+    common = _module("split_table_batched_embeddings_ops_common")
+    types = _module("split_embedding_configs").SparseType
+    device = codes[0].device
+    on_cpu = device.type == "cpu"
+    location = common.EmbeddingLocation.HOST if on_cpu else common.EmbeddingLocation.DEVICE
+    module = inference.IntNBitTableBatchedEmbeddingBagsCodegen(
+        [(f"t{t}", len(table), dim, types[format.upper()], location) for t, table in enumerate(codes)],
+        pooling_mode=_pooling(mode),
+        device=device,
+        output_dtype=types.FP32,
+        bounds_check_mode=common.BoundsCheckMode.NONE,
+    )
+    module.initialize_weights()
+    halves = [table.half().view(torch.uint8) for table in scales]
+    module.assign_embedding_weights(list(zip(codes, halves, strict=True)))
     return module
 
 

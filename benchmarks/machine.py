@@ -66,6 +66,7 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _installed("triton"),
+        "torchrec": _installed("torchrec"),
         "fbgemm": _installed("fbgemm-gpu-cpu") or _installed("fbgemm-gpu"),
     }
 

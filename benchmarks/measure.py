@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from recsys_ops.benchmarks.ceilings import Ceilings
-from recsys_ops.benchmarks.registry import Candidate, Inputs, Run, Suite, Unsupported, Workload
+from recsys_ops.benchmarks.registry import Candidate, Growth, Inputs, Run, Suite, Unsupported, Workload
 from recsys_ops.embedding_bag.cost import Cost
 from recsys_ops.timing import HOST_CLOCK, Clock, Ratio, seconds_per_call, speedup, time_interleaved
 
@@ -60,6 +60,7 @@ class Row:
     reason: str | None = None
     figures: Figures | None = None
     ours_speedup: Ratio | None = None  # how many times faster ours is than this peer
+    growth: Growth | None = None  # of the workload
 
 
 @dataclass
@@ -212,5 +213,6 @@ def _row(
         candidate.name,
         status,
         reason,
+        growth=workload.growth,
         **figures,
     )

@@ -11,6 +11,7 @@ import numpy as np
 from recsys_ops import html
 from recsys_ops.benchmarks.ceilings import Ceilings
 from recsys_ops.benchmarks.measure import Row
+from recsys_ops.benchmarks.registry import OURS
 from recsys_ops.benchmarks.results import (
     HEADERS,
     VERDICT_HEADERS,
@@ -26,7 +27,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = (html.BLUE, html.ORANGE, html.PURPLE, html.GREEN, html.SKY, html.VERMILION, "#000000")
+_COLORS = (
+    html.BLUE,
+    html.ORANGE,
+    html.PURPLE,
+    html.GREEN,
+    html.SKY,
+    html.VERMILION,
+    "#000000",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#44AA99",
+    "#F0E442",
+)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _COARSE_TICKS = tuple(10.0**power for power in range(-3, 6))
 _FINE_TICKS = (*_COARSE_TICKS, 0.2, 0.5, 2, 5, 20, 50)
@@ -53,6 +67,11 @@ _ROOFLINE_CAPTION = (
     "Each point is one candidate on one workload. Operations per byte count the least traffic, every "
     "distinct row once, so a workload whose rows are found in a cache may lie above the lines of memory."
 )
+_GROWTH_CAPTION = (
+    "Both axes are logarithmic. Each line is one candidate; its exponent is the slope of the straight line "
+    "that fits it best, so 1 is time that grows as fast as the size, and 0 time that does not grow. Dotted "
+    "lines have exponent 1 and start where ours does."
+)
 
 
 def render_results(results: Results) -> str:
@@ -68,6 +87,9 @@ def render_results(results: Results) -> str:
         figure = ratio_figure(results.rows)
         plot = figure_html(figure, "how many times faster ours is than each peer", _RATIO_CAPTION)
         sections.append(Section("Against peers", plot))
+    if any(row.growth and row.figures for row in results.rows):
+        plot = figure_html(growth_figure(results.rows), "time of a call over sizes", _GROWTH_CAPTION)
+        sections.append(Section("How time grows", plot))
     if results.ceilings and any(row.figures for row in results.rows):
         limits = table_html(["limit of this machine", "measured"], ceiling_cells(results.ceilings), [1])
         figure = roofline_figure(results.ceilings, results.rows)
@@ -91,8 +113,9 @@ def ratio_figure(rows: Sequence[Row]) -> Figure:
         upper = [figure.add_subplot(grid[0, i]) for i in range(len(usual))]
         for axes, peer in zip(upper, usual, strict=True):
             bars = {workloads.index(row.workload): row for row in compared if row.candidate == peer}
-            _bars(axes, bars, workloads if axes is upper[0] else [""] * len(workloads))
-            axes.set_title(f"against {peer}")
+            labels = workloads if axes is upper[0] else [""] * len(workloads)
+            _bars(axes, bars, labels, room=0.1 * max(2, len(usual)))
+            axes.set_title(f"against\n{peer}" if len(usual) > 3 else f"against {peer}")
         if others:
             axes = figure.add_subplot(grid[1, :])
             _bars(axes, dict(enumerate(others)), [f"{row.workload}, {row.candidate}" for row in others])
@@ -100,8 +123,8 @@ def ratio_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
-    """Horizontal bars from 1, longer the further from it, on a logarithmic axis."""
+def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str], room: float = 0.2) -> None:
+    """Horizontal bars from 1, longer the further from it, on a logarithmic axis with room for figures."""
     ratios = {place: row.ours_speedup for place, row in bars.items() if row.ours_speedup}
     places, values = list(ratios), [ratio.value for ratio in ratios.values()]
     colors = [html.BLUE if value >= 1 else html.VERMILION for value in values]
@@ -120,7 +143,7 @@ def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
     axes.set_xscale("log")
     lowest = min([0.8, *(ratio.low for ratio in ratios.values())])
     highest = max([1.25, *(ratio.high for ratio in ratios.values())])
-    axes.set_xlim(lowest / 1.1, highest * (highest / lowest) ** 0.2)
+    axes.set_xlim(lowest / 1.1, highest * (highest / lowest) ** room)
     choice = _FINE_TICKS if highest / lowest <= _FINE_TICKS_SPAN else _COARSE_TICKS
     ticks = sorted(t for t in choice if lowest / 1.1 <= t <= highest * 1.1)
     axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
@@ -129,6 +152,52 @@ def _bars(axes: Axes, bars: dict[int, Row], labels: Sequence[str]) -> None:
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
+
+
+def growth_figure(rows: Sequence[Row]) -> Figure:
+    """Time over what grows, a panel for each such thing and pass, with lines of exponent 1 beside ours."""
+    series: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    for row in rows:
+        if row.growth and row.figures:
+            panel = series.setdefault((row.growth.of, row.pass_), {})
+            panel.setdefault(row.candidate, []).append((row.growth.size, row.figures.seconds))
+    candidates = list(dict.fromkeys(candidate for panel in series.values() for candidate in panel))
+    columns = len({pass_ for _, pass_ in series})
+    lines = -(-len(series) // columns)
+    with new_figure(10.5, 3.6 * lines) as figure:
+        grid = figure.subplots(lines, columns, squeeze=False).flat
+        for axes, ((of, pass_), panel) in zip(grid, sorted(series.items()), strict=False):
+            for candidate, points in panel.items():
+                sizes, seconds = np.array(sorted(points)).T
+                index = candidates.index(candidate)
+                axes.plot(
+                    sizes,
+                    seconds * 1e3,
+                    marker=_MARKERS[index % len(_MARKERS)],
+                    color=_COLORS[index % len(_COLORS)],
+                    linewidth=2.2 if candidate == OURS else 1.2,
+                    label=f"{candidate}{_exponent(sizes, seconds)}",
+                )
+                if candidate == OURS:
+                    axes.plot(sizes, seconds[0] * 1e3 * sizes / sizes[0], ":", color=html.GREY, linewidth=1)
+            measured = [1e3 * seconds for points in panel.values() for _, seconds in points]
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.set_ylim(10 ** np.floor(np.log10(min(measured))), 8 * max(measured))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
+            axes.set_xlabel(of)
+            axes.set_ylabel("ms of a call")
+            axes.set_title(f"{pass_}, by {of}")
+            axes.legend(fontsize=9, loc="upper left", frameon=True, framealpha=0.9, edgecolor="white")
+    return figure
+
+
+def _exponent(sizes: np.ndarray, seconds: np.ndarray) -> str:
+    if len(sizes) < 2:
+        return ""
+    slope, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
+    return f", exponent {slope:.2f}"
 
 
 def roofline_figure(ceilings: Ceilings, rows: Sequence[Row]) -> Figure:

@@ -10,12 +10,19 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from recsys_ops.embedding_bag.cost import Cost
 
 Run = Callable[[Any], Any]  # one call on one batch
 Check = Callable[[Any, Any], str | None]  # (batch, what a Run gave) -> why it is wrong, or None
+
+
+class Growth(NamedTuple):
+    """What grows from workload to workload of a series, and how large it is in one: drawn over time."""
+
+    of: str  # such as "rows of a table"
+    size: float
 
 
 class Unsupported(Exception):
@@ -45,6 +52,7 @@ class Workload:
     check: Callable[[Inputs], Check]
     quick: bool = False  # part of a quick run
     timed: Literal["device", "host"] = "device"  # how long calls take, or how long they keep their caller
+    growth: Growth | None = None
 
     @property
     def flushed(self) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from recsys_ops.backends import Call
 from recsys_ops.benchmarks import fbgemm
+from recsys_ops.benchmarks.cases.embedding_bag import Case, Table, make_workload, runner
 from recsys_ops.benchmarks.machine import cache_bytes
 from recsys_ops.benchmarks.registry import (
     LIMIT,
     OURS,
     Candidate,
-    Check,
     Inputs,
     Run,
     Suite,
@@ -27,254 +27,12 @@ from recsys_ops.benchmarks.registry import (
     Workload,
 )
 from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
-from recsys_ops.embedding_bag.cost import Cost, backward_cost, forward_cost
-from recsys_ops.testing.tolerances import compare
-
-_ZIPF_EXPONENT = 1.05
-_IDS_IN_POOL = 400_000
-_PADDED = 0.25
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kind of lookup."""
-
-    dim: int
-    bags: int = 2048
-    lengths: tuple[int, int] = (1, 39)  # shortest and longest bag
-    rows: int = 1_000_000
-    ids: Literal["zipf", "uniform", "equal"] = "zipf"
-    dtype: torch.dtype = torch.float32
-    mode: str = "sum"
-    weighted: bool = False
-    padded: bool = False
-    matrix: bool = False  # ids [B, L] instead of ids [N] with offsets
-    gradient: Literal["sparse", "dense"] | None = None
-    weights_gradient: bool = False
-    device: str = "cpu"
-
-
-class Batch(NamedTuple):
-    ids: Tensor
-    offsets: Tensor | None  # [B + 1], the form that costs no candidate a copy
-    weights: Tensor | None
-    grad: Tensor | None  # of the output
-
-
-class Table(NamedTuple):
-    weight: Tensor
-    padding_idx: int | None
-
-
-def make_workload(
-    name: str,
-    case: Case,
-    rows_from: Literal["memory", "last-level cache", "cache"] = "cache",
-    quick: bool = False,
-    timed: Literal["device", "host"] = "device",
-) -> Workload:
-    """The workload of a case; see ``Workload`` for the arguments."""
-    return Workload(
-        name=name,
-        operator="embedding_bag",
-        pass_="step" if case.gradient else "forward",
-        conditions=_conditions(case, rows_from) + (", time of the host" if timed == "host" else ""),
-        rows_from=rows_from,
-        case=case,
-        inputs=functools.partial(_inputs, case),
-        cost=functools.partial(_cost, case),
-        check=functools.partial(_check, case),
-        quick=quick,
-        timed=timed,
-    )
-
-
-def _conditions(case: Case, rows_from: str) -> str:
-    shortest, longest = case.lengths
-    lengths = f"{longest}" if case.matrix or shortest == longest else f"{shortest}-{longest}"
-    parts = [
-        case.mode,
-        str(case.dtype).removeprefix("torch."),
-        f"B {case.bags}, L {lengths}, table {case.rows:,} x {case.dim}",
-        f"Zipf({_ZIPF_EXPONENT}) ids" if case.ids == "zipf" else f"{case.ids} ids",
-    ]
-    parts += ["per-sample weights"] * case.weighted + [f"{_PADDED:.0%} of the ids padding"] * case.padded
-    parts += ["ids as a matrix"] * case.matrix
-    if case.gradient:
-        parts.append(f"forward and backward, {case.gradient} gradient")
-    parts += ["and of the weights"] * case.weights_gradient
-    parts.append("caches flushed before every call" if rows_from == "memory" else "caches warm")
-    return ", ".join(parts)
-
-
-def _inputs(case: Case) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.empty(shape).uniform_(-1, 1, generator=generator).to(case.device, case.dtype)
-
-    draw = _ids_from(case, generator)
-    padding_idx = case.rows // 2 if case.padded else None
-
-    def batch() -> Batch:
-        shortest, longest = case.lengths
-        offsets = None
-        if case.matrix:
-            ids = draw(case.bags * longest).view(case.bags, longest)
-        else:
-            lengths = torch.randint(shortest, longest + 1, (case.bags,), generator=generator)
-            offsets = F.pad(lengths.cumsum(0), (1, 0))
-            ids = draw(int(offsets[-1]))
-        if padding_idx is not None:
-            ids[torch.rand(ids.shape, generator=generator) < _PADDED] = padding_idx
-        ids, offsets = ids.to(case.device), None if offsets is None else offsets.to(case.device)
-        weights = uniform(*ids.shape) if case.weighted else None
-        return Batch(ids, offsets, weights, uniform(case.bags, case.dim) if case.gradient else None)
-
-    in_batch = case.bags * (case.lengths[1] if case.matrix else sum(case.lengths) // 2)
-    count = max(4, min(64, _IDS_IN_POOL // max(in_batch, 1)))
-    weight = _weight(case.rows, case.dim, case.dtype, case.device)
-    return Inputs(Table(weight, padding_idx), [batch() for _ in range(count)])
-
-
-@functools.lru_cache(maxsize=1)
-def _weight(rows: int, dim: int, dtype: torch.dtype, device: str) -> Tensor:
-    """The rows of a table; kept, because successive workloads often have the same."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.empty(rows, dim).uniform_(-1, 1, generator=generator).to(device, dtype)
-
-
-def _ids_from(case: Case, generator: torch.Generator) -> Callable[[int], Tensor]:
-    if case.ids == "uniform":
-        return lambda count: torch.randint(case.rows, (count,), generator=generator)
-    if case.ids == "equal":
-        return lambda count: torch.full((count,), case.rows // 3)
-    ranks = torch.arange(1, case.rows + 1, dtype=torch.float64)
-    cumulated = ranks.pow(-_ZIPF_EXPONENT).cumsum(0)
-    row_of_rank = torch.randperm(case.rows, generator=generator)
-
-    def draw(count: int) -> Tensor:
-        points = torch.rand(count, generator=generator, dtype=torch.float64) * cumulated[-1]
-        return row_of_rank[torch.searchsorted(cumulated, points).clamp(max=case.rows - 1)]
-
-    return draw
-
-
-def _cost(case: Case, batch: Batch) -> Cost:
-    ids = batch.ids[batch.ids != case.rows // 2] if case.padded else batch.ids
-    sizes = (case.bags, ids.numel(), len(ids.unique()), case.dim, case.dtype)
-    cost = forward_cost(*sizes, mode=case.mode, weighted=case.weighted)
-    if case.gradient:
-        cost += backward_cost(
-            *sizes,
-            num_embeddings=case.rows if case.gradient == "dense" else None,
-            mode=case.mode,
-            weighted=case.weighted,
-            weights_gradient=case.weights_gradient,
-        )
-    return cost
-
-
-def _check(case: Case, inputs: Inputs) -> Check:
-    """Compares with eager PyTorch in fp64, on the rows that a batch names."""
-    table: Table = inputs.state
-    dense = replace(case, gradient=case.gradient and "dense")
-
-    @functools.lru_cache(maxsize=2)
-    def expected(batch: Batch) -> tuple[Tensor, list[list[Tensor]]]:
-        rows, ids = batch.ids.unique(return_inverse=True)
-        is_padding = rows == (-1 if table.padding_idx is None else table.padding_idx)
-        padding_idx = int(is_padding.nonzero()[0]) if is_padding.any() else None
-
-        def eager(of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            weights, grad = (None if t is None else of(t.to(case.dtype)) for t in (batch.weights, batch.grad))
-            weight = of(table.weight[rows].to(case.dtype))
-            run = _runner(
-                functools.partial(embedding_bag, backend="reference"), dense, Table(weight, padding_idx)
-            )
-            result = run(Batch(ids, batch.offsets, weights, grad))
-            return [t for t in (result if case.gradient else (result,)) if t is not None]
-
-        same_precision, exact = eager(lambda t: t), eager(lambda t: t.double())
-        return rows, [same_precision, exact, eager(lambda t: t.double().abs())]
-
-    def check(batch: Batch, result: Any) -> str | None:
-        rows, references = expected(batch)
-        outputs = list(result) if case.gradient else [result]
-        if case.gradient:
-            found = _gradient_of_rows(outputs[1], rows, sparse=case.gradient == "sparse")
-            if isinstance(found, str):
-                return found
-            outputs[1] = found
-        outputs = [t for t in outputs if t is not None]
-        if len(outputs) != len(references[0]):
-            return f"expected {len(references[0])} results, got {len(outputs)}"
-        names = ("output", "gradient of the table", "gradient of the weights")
-        for name, output, *reference in zip(names, outputs, *references, strict=False):
-            comparison = compare(output.detach(), *(r.detach() for r in reference))
-            if not comparison:
-                return f"{name}: {comparison.detail}"
-        return None
-
-    return check
-
-
-def _gradient_of_rows(gradient: Tensor | None, rows: Tensor, sparse: bool) -> Tensor | str:
-    """The gradient's values on ``rows``, or what is wrong with it elsewhere."""
-    if gradient is None or gradient.is_sparse != sparse:
-        return f"gradient of the table: expected {'a sparse' if sparse else 'a dense'} one"
-    if sparse:
-        if not gradient.is_coalesced():  # in fp64, because the candidate has not added its terms yet
-            gradient = gradient.double().coalesce().to(gradient.dtype)
-        if not torch.equal(gradient.indices()[0], rows):
-            return "gradient of the table: expected the rows that the batch names, each once"
-        return gradient.values()
-    touched = gradient.any(dim=1)
-    touched[rows] = False
-    if touched.any():
-        return f"gradient of the table: expected 0 in row {int(touched.nonzero()[0])}, which no id names"
-    return gradient[rows]
-
-
-def _runner(function: Callable[..., Tensor], case: Case, table: Table, coalesce: bool = False) -> Run:
-    """A call of ``F.embedding_bag``, or of what has its arguments, with the gradients that the case asks for.
-
-    A step gives the output, the table's gradient, and that of the weights or None.
-    """
-    options = {
-        "mode": case.mode,
-        "sparse": case.gradient == "sparse",
-        "include_last_offset": not case.matrix,
-        "padding_idx": table.padding_idx,
-    }
-    weight = table.weight
-
-    def forward(batch: Batch) -> Tensor:
-        return function(batch.ids, weight, batch.offsets, per_sample_weights=batch.weights, **options)
-
-    if case.gradient is None:
-        return forward
-    weight = weight.detach().requires_grad_()
-
-    def step(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        weights = batch.weights
-        if weights is not None and case.weights_gradient:
-            weights = weights.detach().requires_grad_()
-            batch = batch._replace(weights=weights)
-        output = forward(batch)
-        output.backward(batch.grad)
-        gradient, weight.grad = weight.grad, None
-        if coalesce and gradient is not None:
-            gradient = gradient.coalesce()
-        return output, gradient, None if weights is None else weights.grad
-
-    return step
 
 
 def _prepare_ours(workload: Workload, inputs: Inputs, backend: str | None = None) -> Run:
     table: Table = inputs.state
     function = embedding_bag if backend is None else functools.partial(embedding_bag, backend=backend)
-    return _runner(function, workload.case, table._replace(weight=table.weight.to(workload.case.dtype)))
+    return runner(function, workload.case, table._replace(weight=table.weight.to(workload.case.dtype)))
 
 
 def _prepare_torch(workload: Workload, inputs: Inputs, coalesce: bool = False, compiled: bool = False) -> Run:
@@ -285,7 +43,7 @@ def _prepare_torch(workload: Workload, inputs: Inputs, coalesce: bool = False, c
     if compiled:
         torch.compiler.reset()
         function = torch.compile(F.embedding_bag, dynamic=True)
-    return _runner(function, case, inputs.state, coalesce)
+    return runner(function, case, inputs.state, coalesce)
 
 
 def _compiler_missing() -> str | None:
@@ -303,7 +61,7 @@ def _prepare_fbgemm(workload: Workload, inputs: Inputs) -> Run:
         if refused:
             raise Unsupported(why)
     if case.gradient is None:
-        pool = fbgemm.pooled_lookup(table, case.mode)
+        pool = fbgemm.pooled_lookup([table], case.mode, table.dtype)
         return lambda batch: pool(batch.ids, batch.offsets, batch.weights)
     step = fbgemm.pooled_step(table, case.mode)
     return lambda batch: (*step(batch.ids, batch.offsets, batch.grad), None)

@@ -11,12 +11,13 @@ import tiny_suite as tiny
 import torch
 
 from recsys_ops.benchmarks import ceilings as ceilings_module
+from recsys_ops.benchmarks.cases.embedding_bag import Case, make_workload
 from recsys_ops.benchmarks.ceilings import measure_ceilings
 from recsys_ops.benchmarks.machine import cache_bytes
 from recsys_ops.benchmarks.measure import Figures, Row, measure
 from recsys_ops.benchmarks.registry import Candidate, Inputs, Unsupported, Workload, suites
 from recsys_ops.benchmarks.results import ceiling_cells
-from recsys_ops.benchmarks.suites.embedding_bag import Case, make_workload, suite
+from recsys_ops.benchmarks.suites.embedding_bag import suite
 from recsys_ops.benchmarks.targets import judge
 from recsys_ops.embedding_bag.api import OPERATOR
 from recsys_ops.embedding_bag.cost import Cost
@@ -200,9 +201,10 @@ def test_zipf_names_few_rows_often() -> None:
     assert share_of_hottest("zipf") > 10 * share_of_hottest("uniform")
 
 
+@pytest.mark.parametrize("operator", ["embedding_bag", "embedding_bag_collection"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_suites_are_found_with_unique_names_and_targets_that_match(device: str) -> None:
-    suite = suites(device)["embedding_bag"]
+def test_suites_are_found_with_unique_names_and_targets_that_match(device: str, operator: str) -> None:
+    suite = suites(device)[operator]
     names = [workload.name for workload in suite.workloads]
     assert len(set(names)) == len(names)
     assert any(workload.quick for workload in suite.workloads)

@@ -74,7 +74,15 @@ def test_json_has_the_schema(bench: Bench, tmp_path: Path) -> None:
     assert record["schema"] == 1 and record["complete"] is True and record["verdicts"] is None
     assert record["device"] == "cpu" and record["operators"] == {"embedding_bag": "reference"}
     assert set(record["machine"]) == {"cpu", "system", "cores", "threads", "caches", "simd", "memory"}
-    assert set(record["versions"]) == {"python", "torch", "cuda", "triton", "recsys_ops", "fbgemm"}
+    assert set(record["versions"]) == {
+        "python",
+        "torch",
+        "cuda",
+        "triton",
+        "recsys_ops",
+        "torchrec",
+        "fbgemm",
+    }
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", record["date"])
     assert {"read", "copy", "rows", "flops", "call"} < set(record["ceilings"])
     ours, peer, absent = record["rows"]
@@ -88,6 +96,7 @@ def test_json_has_the_schema(bench: Bench, tmp_path: Path) -> None:
         "reason",
         "figures",
         "ours_speedup",
+        "growth",
     }
     assert set(ours) == set(peer) == set(absent) == keys
     assert (ours["pass"], ours["ours_speedup"]) == ("forward", None)

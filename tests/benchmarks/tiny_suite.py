@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from recsys_ops.benchmarks.cases.embedding_bag import Case, make_workload
 from recsys_ops.benchmarks.ceilings import ROW_BYTES, Ceilings
 from recsys_ops.benchmarks.measure import Budget
 from recsys_ops.benchmarks.registry import Candidate, Inputs, Suite, Target, Workload
-from recsys_ops.benchmarks.suites.embedding_bag import Case, make_workload
 from recsys_ops.benchmarks.suites.embedding_bag import suite as real_suite
 
 OURS, TORCH = real_suite("cpu").candidates[:2]

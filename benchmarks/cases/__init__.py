@@ -1,0 +1,1 @@
+"""What the suites measure: one module of workloads for each operator."""
