@@ -271,7 +271,8 @@ def _rounded(x, DTYPE: tl.constexpr, salt, tensors, rows, columns):
         key = _mix(rows.to(tl.uint32) + key)
         bits = _mix(key[:, None] + columns.to(tl.uint32) * 0x9E3779B9) >> 20
         exponent = x.to(tl.float32).to(tl.uint32, bitcast=True) & 0x7F800000
-        ulp = tl.maximum(exponent.to(tl.float32, bitcast=True) * eps, smallest)
+        # Triton takes constants below the normal numbers of fp32 for fp64.
+        ulp = tl.maximum(exponent.to(tl.float32, bitcast=True) * eps, tl.cast(smallest, tl.float32))
         noise = (bits.to(tl.int32).to(tl.float32) - 2047.5) / 4096
         integers: tl.constexpr = 1.5 * 2.0**23  # from here on floats are integers
         in_units = (divide(x.to(tl.float32), ulp) + noise + integers) - integers

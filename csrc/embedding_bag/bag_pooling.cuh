@@ -18,7 +18,6 @@ static_assert(rows_in_flight <= fewest_lanes);
 // Rows of the bag's entries [first, first + rows_in_flight), zeros where a row is not live.
 template <class T, int N>
 struct RowsInFlight {
-  using Source = Table;
   using A = Accumulate<T>;
   static constexpr int elements = N;
   struct Own {};
@@ -60,7 +59,7 @@ struct Sum {
 
 template <class Rows, class W, class A = typename Rows::A, int N = Rows::elements>
 __device__ Sum<A, N> sum_bag(
-    const typename Rows::Source& table, const BagReader& reader, const Group& group, int64_t column,
+    const Table& table, const BagReader& reader, const Group& group, int64_t column,
     const W* per_sample_weights) {
   Sum<A, N> sum = {};
   for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
@@ -94,7 +93,7 @@ struct Maximum {
 
 template <class Rows, class A = typename Rows::A, int N = Rows::elements>
 __device__ Maximum<A, N> maximum_of_bag(
-    const typename Rows::Source& table, const BagReader& reader, const Group& group, int64_t column) {
+    const Table& table, const BagReader& reader, const Group& group, int64_t column) {
   Maximum<A, N> highest = {};
 #pragma unroll
   for (int k = 0; k < N; ++k) {
@@ -121,48 +120,6 @@ __device__ Maximum<A, N> maximum_of_bag(
     }
   }
   return highest;
-}
-
-// Calls put(entry, dot) for the entries of a bag: the dot product of the entry's row and the bag's
-// gradient, of which gradient_at(place) is what a lane has.
-template <class Rows, class Gradient, class Put>
-__device__ void dot_rows_of_bag(
-    const typename Rows::Source& table, const BagReader& reader, int64_t bag, const Group& group, const Tiles& tiles,
-    bool mean, const Gradient& gradient_at, const Put& put) {
-  using A = typename Rows::A;
-  constexpr int N = Rows::elements;
-  int64_t size = 0;
-  for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
-    size += __popc(group.vote(reader.row(first + group.lane) >= 0));
-  }
-  for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
-    const int64_t row = reader.row(first + group.lane);
-    const typename Rows::Own own = Rows::look(table, row);
-    for (int i = 0; i < group.lanes && any(first + i < reader.end); i += rows_in_flight) {
-      A dots[rows_in_flight] = {};
-      for (int64_t block = 0; block < tiles.blocks; ++block) {
-        const Place place = place_of(bag * tiles.blocks + block, tiles, N, group.lane);
-        const auto gradient = gradient_at(place);
-        Rows rows;
-        rows.load_from(table, place.column, group, row, own, i);
-#pragma unroll
-        for (int u = 0; u < rows_in_flight; ++u) {
-          const Pack<A, N> values = rows.widened(u);
-#pragma unroll
-          for (int k = 0; k < N; ++k) {
-            dots[u] += rows.row[u] >= 0 ? values[k] * widen(gradient[k]) : A{0};
-          }
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < rows_in_flight; ++u) {
-        dots[u] = group.sum(dots[u]);
-        if (group.lane == u && first + i + u < reader.end) {
-          put(first + i + u, mean && size > 0 ? dots[u] / static_cast<A>(size) : dots[u]);
-        }
-      }
-    }
-  }
 }
 
 }  // namespace recsys_ops::embedding_bag::cuda

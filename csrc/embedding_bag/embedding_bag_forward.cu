@@ -45,17 +45,43 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
 template <class T, int N>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_backward_per_sample_weights_kernel(
     Table table, Bags bags, Tiles tiles, const T* grad_output, bool mean, T* out) {
+  using A = Accumulate<T>;
   const Group group(tiles.lanes);
   bool good = true;
   for (int64_t bag = group.first_task(); any(bag < bags.count); bag += group.stride()) {
     const BagReader reader(bags, bag, good);
-    dot_rows_of_bag<RowsInFlight<T, N>>(
-        table, reader, bag, group, tiles, mean,
-        [&](const Place& place) {
+    int64_t size = 0;
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
+      size += __popc(group.vote(reader.row(first + group.lane) >= 0));
+    }
+    for (int64_t first = reader.begin; any(first < reader.end); first += group.lanes) {
+      const int64_t row = reader.row(first + group.lane);
+      for (int i = 0; i < group.lanes && any(first + i < reader.end); i += rows_in_flight) {
+        A dots[rows_in_flight] = {};
+        for (int64_t block = 0; block < tiles.blocks; ++block) {
+          const Place place = place_of(bag * tiles.blocks + block, tiles, N, group.lane);
           const bool inside = bag < bags.count && place.column < table.dim;
-          return load<N>(grad_output, bag * table.dim + place.column, inside).unpacked();
-        },
-        [&](int64_t entry, Accumulate<T> dot) { narrow(dot, out[entry]); });
+          const Pack<T, N> gradient = load<N>(grad_output, bag * table.dim + place.column, inside).unpacked();
+          RowsInFlight<T, N> rows;
+          rows.load_from(table, place.column, group, row, {}, i);
+#pragma unroll
+          for (int u = 0; u < rows_in_flight; ++u) {
+            const Pack<T, N> values = rows.values[u].unpacked();
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+              dots[u] += rows.row[u] >= 0 ? widen(values[k]) * widen(gradient[k]) : A{0};
+            }
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < rows_in_flight; ++u) {
+          dots[u] = group.sum(dots[u]);
+          if (group.lane == u && first + i + u < reader.end) {
+            narrow(mean && size > 0 ? dots[u] / static_cast<A>(size) : dots[u], out[first + i + u]);
+          }
+        }
+      }
+    }
   }
   check_values(good);
 }

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(threads_per_block)
 }
 
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_collection_entries_kernel(
-    const Range* ranges, int count, Input input, bool by_position, int position_bits, int source_bits, uint64_t* keys,
+    const Range* ranges, int count, Entries input, bool by_position, int position_bits, int source_bits, uint64_t* keys,
     uint32_t* cell_of, double* cell_scale) {
   const Group group(fewest_lanes);
   const int64_t warps_of_block = blockDim.x / warp_lanes, warps = ranges[count - 1].end_of_warps;
@@ -257,7 +257,7 @@ void read_back(const int64_t* from, std::vector<int64_t>& numbers, cudaStream_t 
 }
 
 void find_entries(
-    const GradientPlan& plan, const Range* ranges, const Input& input, uint64_t* keys, uint32_t* cell_of,
+    const GradientPlan& plan, const Range* ranges, const Entries& input, uint64_t* keys, uint32_t* cell_of,
     double* cell_scale, cudaStream_t stream) {
   // Whoever writes no key is not live: all bits set are a row beyond all.
   check(cudaMemsetAsync(keys, 0xff, plan.num_entries * sizeof(uint64_t), stream));

@@ -392,10 +392,6 @@ void dispatch_both(DType gradient, DType table, const F& f) {
 
 void forward(
     const Table* tables, const Input& input, const Factors& factors, DType dtype, void* output, int32_t* argmax) {
-  if (input.values.size > std::numeric_limits<int32_t>::max() && argmax) {
-    throw std::runtime_error(
-        "embedding_bag_collection: expected fewer than 2^31 values with pooling 'max', got " + text(input.values.size));
-  }
   pool_lookups(
       tables, input, dtype, output,
       [&](const Lookup& lookup, const Table& table, const Bags& bags, const Rows& rows, int64_t first, int64_t last) {

@@ -4,11 +4,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
-#include <limits>
-#include <optional>
 
 #include "../common/cuda/tensors.h"
 #include "../embedding_bag/embedding_bag_cuda.h"
+#include "arguments.h"
 
 namespace recsys_ops::embedding_bag_collection::cuda {
 namespace {
@@ -16,142 +15,35 @@ namespace {
 using recsys_ops::cuda::Memory;
 using recsys_ops::cuda::OnDevice;
 
-constexpr const char* op = "embedding_bag_collection";
-
-DType wide(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
-ScalarType scalar_type(DType wide) { return wide == DType::float64 ? ScalarType::Double : ScalarType::Float; }
-int64_t bytes_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
-
-Input input_of(const Tensor& values, const Tensor& offsets, bool drop_invalid) {
-  const Input input = {integers_of(op, "values", values), integers_of(op, "offsets", offsets), drop_invalid};
-  STD_TORCH_CHECK(input.offsets.size > 0, op, ": expected offsets of shape [G + 1], got [0]");
-  return input;
-}
+int64_t bytes_of(DType wide) { return is_double(wide) ? sizeof(double) : sizeof(float); }
 
 // Output or gradient of it, [C].
 Cells cells_of(const char* argument, const Tensor& tensor) {
-  const DType dtype = dtype_of(op, argument, tensor);
-  STD_TORCH_CHECK(
-      tensor.dim() == 1 && tensor.is_contiguous(), op, ": expected ", argument, " of one contiguous dimension");
-  return {dtype, tensor.mutable_data_ptr()};
-}
-
-void check_width(const char* argument, DType dtype, DType cells) {
-  STD_TORCH_CHECK(
-      wide(dtype) == wide(cells), op, ": expected ", argument, " and output both float64 or neither, got one of them");
-}
-
-std::vector<Table> tables_of(const std::vector<Tensor>& weights, DType cells) {
-  std::vector<Table> tables;
-  for (const Tensor& weight : weights) {
-    STD_TORCH_CHECK(weight.dim() == 2, op, ": expected weights of shape [R, D], got ", weight.dim(), " dimensions");
-    const DType dtype = dtype_of(op, "weights", weight);
-    check_width("weights", dtype, cells);
-    tables.push_back(
-        {dtype, weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)});
-  }
-  return tables;
-}
-
-// The rows of a tensor [K, 6] on the CPU; each within its tables, bags and cells.
-template <class TableLike>
-std::vector<Lookup> lookups_of(
-    const Tensor& tensor, const std::vector<TableLike>& tables, const Input& input, int64_t num_cells) {
-  STD_TORCH_CHECK(
-      !tensor.is_cuda() && tensor.dim() == 2 && tensor.size(1) == 6 && tensor.is_contiguous() &&
-          tensor.scalar_type() == ScalarType::Long,
-      op, ": expected lookups int64 [K, 6], contiguous and on the CPU");
-  std::vector<Lookup> lookups(tensor.size(0));
-  if (!lookups.empty()) {
-    std::memcpy(lookups.data(), tensor.const_data_ptr(), lookups.size() * sizeof(Lookup));
-  }
-  std::vector<int64_t> modes(tables.size(), -1);
-  for (const Lookup& lookup : lookups) {
-    STD_TORCH_CHECK(
-        0 <= lookup.table && lookup.table < static_cast<int64_t>(tables.size()) && sum <= lookup.mode &&
-            lookup.mode <= maximum,
-        op, ": expected lookups of tables and modes that there are, got table ", lookup.table, " and mode ",
-        lookup.mode);
-    int64_t& mode = modes[lookup.table];
-    STD_TORCH_CHECK(mode < 0 || mode == lookup.mode, op, ": expected lookups of one mode for table ", lookup.table);
-    mode = lookup.mode;
-    STD_TORCH_CHECK(
-        lookup.first_bag >= 0 && lookup.num_bags >= 0 && lookup.first_bag <= input.offsets.size - 1 - lookup.num_bags,
-        op, ": expected lookups of the ", input.offsets.size - 1, " bags of offsets, got ", lookup.num_bags, " from ",
-        lookup.first_bag);
-    const int64_t dim = tables[lookup.table].dim;
-    STD_TORCH_CHECK(
-        lookup.num_bags == 0 || dim == 0 ||
-            (lookup.start >= 0 && lookup.stride >= 0 && dim <= num_cells && lookup.start <= num_cells - dim &&
-             (lookup.num_bags == 1 || lookup.stride <= (num_cells - dim - lookup.start) / (lookup.num_bags - 1))),
-        op, ": expected lookups within the ", num_cells, " cells of the output, got start ", lookup.start,
-        " and stride ", lookup.stride);
-    STD_TORCH_CHECK(
-        lookup.mode != maximum || input.values.size <= std::numeric_limits<int32_t>::max(), op,
-        ": expected fewer than 2^31 values for maxima, got ", input.values.size);
-  }
-  return lookups;
-}
-
-const void* factors_of(const std::optional<Tensor>& per_sample_weights, const Input& input, DType cells) {
-  if (!per_sample_weights) {
-    return nullptr;
-  }
-  check_like(op, "per_sample_weights", *per_sample_weights, {input.values.size}, scalar_type(wide(cells)));
-  return per_sample_weights->const_data_ptr();
-}
-
-int32_t* argmax_of(const std::optional<Tensor>& argmax, int64_t num_cells) {
-  if (!argmax) {
-    return nullptr;
-  }
-  check_like(op, "argmax", *argmax, {num_cells}, ScalarType::Int);
-  return static_cast<int32_t*>(argmax->mutable_data_ptr());
+  return {output_dtype(argument, tensor), tensor.mutable_data_ptr()};
 }
 
 void embedding_bag_collection_forward(
-    Tensor output, std::optional<Tensor> argmax, std::vector<Tensor> weights, Tensor values, Tensor offsets,
-    std::optional<Tensor> per_sample_weights, Tensor lookups, bool drop_invalid) {
+    Tensor output, MaybeTensor argmax, Tensors weights, Tensor values, Tensor offsets, MaybeTensor per_sample_weights,
+    Tensor lookups, bool drop_invalid) {
   const OnDevice device(values);
-  const Input input = input_of(values, offsets, drop_invalid);
   const Cells cells = cells_of("output", output);
-  const auto tables = tables_of(weights, cells.dtype);
-  const auto checked = lookups_of(lookups, tables, input, output.numel());
+  const std::vector<Table> tables = tables_of(weights, cells.dtype);
+  const Input input = input_of(values, offsets, lookups, drop_invalid, tables, output.numel());
   forward(
-      tables, checked, input, factors_of(per_sample_weights, input, cells.dtype), cells,
-      argmax_of(argmax, output.numel()), device.stream);
+      tables, input, factors_of(per_sample_weights, input, cells.dtype).data, cells, argmax_of(argmax, output.numel()),
+      device.stream);
 }
 
 void embedding_bag_collection_quantized_forward(
-    Tensor output, std::vector<Tensor> codes, std::vector<Tensor> scales, int64_t bits, Tensor values, Tensor offsets,
-    std::optional<Tensor> per_sample_weights, Tensor lookups, bool drop_invalid) {
+    Tensor output, Tensors codes, Tensors scales, int64_t bits, Tensor values, Tensor offsets,
+    MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid) {
   const OnDevice device(values);
-  const Input input = input_of(values, offsets, drop_invalid);
   const Cells cells = cells_of("output", output);
-  STD_TORCH_CHECK(bits == 8 || bits == 4, op, ": expected codes of 8 or 4 bits, got ", bits);
-  STD_TORCH_CHECK(
-      codes.size() == scales.size(), op, ": expected as many codes as scales, got ", codes.size(), " and ",
-      scales.size());
-  check_width("scales", DType::float32, cells.dtype);
-  const bool floating = !codes.empty() && codes[0].scalar_type() == ScalarType::Float8_e4m3fn;
-  std::vector<CodeTable> tables;
-  for (size_t i = 0; i < codes.size(); ++i) {
-    const Tensor& code = codes[i];
-    STD_TORCH_CHECK(code.dim() == 2, op, ": expected codes of shape [R, D], got ", code.dim(), " dimensions");
-    STD_TORCH_CHECK(
-        code.scalar_type() == (floating ? ScalarType::Float8_e4m3fn : ScalarType::Byte) && !(floating && bits == 4), op,
-        ": expected codes all of dtype uint8, or float8_e4m3fn and 8 bits");
-    check_like(op, "scales", scales[i], {code.size(0), 2}, ScalarType::Float);
-    tables.push_back(
-        {static_cast<const uint8_t*>(code.const_data_ptr()), static_cast<const float*>(scales[i].const_data_ptr()),
-         code.size(0), code.size(1) * 8 / bits, code.stride(0), code.stride(1)});
-  }
-  const Format format = floating ? Format::fp8 : bits == 4 ? Format::int4 : Format::int8;
-  const auto checked = lookups_of(lookups, tables, input, output.numel());
+  STD_TORCH_CHECK(!is_double(cells.dtype), op, ": expected output of float32, float16 or bfloat16");
+  const auto [type, tables] = code_tables_of(codes, scales, bits);
+  const Input input = input_of(values, offsets, lookups, drop_invalid, tables, output.numel());
   quantized_forward(
-      tables, format, checked, input, factors_of(per_sample_weights, input, cells.dtype), cells, device.stream);
+      type, tables, input, factors_of(per_sample_weights, input, cells.dtype).data, cells, device.stream);
 }
 
 // Arrays that go to the GPU together.
@@ -188,29 +80,15 @@ class Upload {
 class CollectionGradient {
  public:
   CollectionGradient(
-      const Tensor& grad_output, const std::optional<Tensor>& argmax, const std::vector<Tensor>& weights,
-      const Tensor& values, const Tensor& offsets, const std::optional<Tensor>& per_sample_weights,
-      const Tensor& lookups, bool drop_invalid, cudaStream_t stream)
+      const Tensor& grad_output, const MaybeTensor& argmax, const Tensors& weights, const Tensor& values,
+      const Tensor& offsets, const MaybeTensor& per_sample_weights, const Tensor& lookups, bool drop_invalid,
+      cudaStream_t stream)
       : like(grad_output), stream(stream) {
-    const Input input = input_of(values, offsets, drop_invalid);
-    const Cells cells = cells_of("grad_output", grad_output);
-    terms = {
-        cells, factors_of(per_sample_weights, input, cells.dtype), argmax_of(argmax, grad_output.numel()),
-        input.offsets};
-    sum_dtype = wide(cells.dtype);
-    const auto tables = tables_of(weights, cells.dtype);
-    const auto checked = lookups_of(lookups, tables, input, grad_output.numel());
-    std::vector<int64_t> rows, dims;
-    for (const Table& table : tables) {
-      rows.push_back(table.rows);
-      dims.push_back(table.dim);
-    }
-    plan = plan_gradients(checked, rows, dims, input.values.size, terms.per_sample_weights, bags_per_warp);
-    for (const Round& round : plan.rounds) {
-      STD_TORCH_CHECK(
-          !round.is_maximum || argmax, op, ": expected argmax of lookups by maximum, got None");
-    }
-    sort(input);
+    const Backward given(grad_output, argmax, weights, values, offsets, per_sample_weights, lookups, drop_invalid);
+    terms = {cells_of("grad_output", grad_output), given.factors.data, given.argmax, given.input.offsets};
+    sum_dtype = wide(given.dtype);
+    plan = plan_gradients(given.tables, given.input, given.factors.data, bags_per_warp);
+    sort(given.input);
   }
 
   // Calls f(round, its number, sums) for each round.
@@ -229,7 +107,7 @@ class CollectionGradient {
   }
 
   // Writes the gradient of each table of a round to out[table], and its rows to rows[table] if there are any.
-  void write(std::vector<Tensor>& out, std::vector<Tensor>& rows) {
+  void write(Tensors& out, Tensors& rows) {
     Upload targets;
     std::vector<int64_t> at;
     for (const Round& round : plan.rounds) {
@@ -265,7 +143,7 @@ class CollectionGradient {
   DType sum_dtype;
 
  private:
-  void sort(const Input& input) {
+  void sort(const Entries& input) {
     const int64_t size = plan.num_entries, classes = plan.num_classes();
     const int64_t ranges = uploaded.add(plan.ranges), first_row = uploaded.add(plan.first_row);
     for (const Round& round : plan.rounds) {
@@ -310,13 +188,13 @@ class CollectionGradient {
   std::vector<Memory> kept;
 };
 
-std::vector<Tensor> embedding_bag_collection_backward(
-    Tensor grad_output, std::optional<Tensor> argmax, std::vector<Tensor> weights, Tensor values, Tensor offsets,
-    std::optional<Tensor> per_sample_weights, Tensor lookups, bool drop_invalid) {
+Tensors embedding_bag_collection_backward(
+    Tensor grad_output, MaybeTensor argmax, Tensors weights, Tensor values, Tensor offsets,
+    MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid) {
   const OnDevice device(values);
   CollectionGradient gradient(
       grad_output, argmax, weights, values, offsets, per_sample_weights, lookups, drop_invalid, device.stream);
-  std::vector<Tensor> out, rows;
+  Tensors out, rows;
   for (const Tensor& weight : weights) {
     const std::vector<int64_t> shape = {weight.size(0), weight.size(1)};
     out.push_back(torch::stable::new_empty(weight, {shape.data(), shape.size()}));
@@ -328,9 +206,9 @@ std::vector<Tensor> embedding_bag_collection_backward(
   return out;
 }
 
-std::vector<Tensor> embedding_bag_collection_backward_sparse(
-    Tensor grad_output, std::optional<Tensor> argmax, std::vector<Tensor> weights, Tensor values, Tensor offsets,
-    std::optional<Tensor> per_sample_weights, Tensor lookups, bool drop_invalid) {
+Tensors embedding_bag_collection_backward_sparse(
+    Tensor grad_output, MaybeTensor argmax, Tensors weights, Tensor values, Tensor offsets,
+    MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid) {
   const OnDevice device(values);
   CollectionGradient gradient(
       grad_output, argmax, weights, values, offsets, per_sample_weights, lookups, drop_invalid, device.stream);
@@ -341,7 +219,7 @@ std::vector<Tensor> embedding_bag_collection_backward_sparse(
       touched[table] = of_classes[number];
     }
   }
-  std::vector<Tensor> out, rows, result;
+  Tensors out, rows, result;
   for (size_t table = 0; table < weights.size(); ++table) {
     const std::vector<int64_t> shape = {touched[table], weights[table].size(1)};
     rows.push_back(torch::stable::new_empty(values, {shape.data(), 1}, ScalarType::Long));
@@ -356,15 +234,14 @@ std::vector<Tensor> embedding_bag_collection_backward_sparse(
 }
 
 Tensor embedding_bag_collection_backward_per_sample_weights(
-    Tensor grad_output, std::vector<Tensor> weights, Tensor values, Tensor offsets, Tensor lookups,
+    Tensor grad_output, Tensors weights, Tensor values, Tensor offsets, Tensor lookups,
     bool drop_invalid) {
   const OnDevice device(values);
-  const Input input = input_of(values, offsets, drop_invalid);
   const Cells cells = cells_of("grad_output", grad_output);
-  const auto tables = tables_of(weights, cells.dtype);
-  const auto checked = lookups_of(lookups, tables, input, grad_output.numel());
-  Tensor grad = torch::stable::new_empty(grad_output, {&input.values.size, 1}, scalar_type(wide(cells.dtype)));
-  backward_per_sample_weights(tables, checked, input, cells, grad.mutable_data_ptr(), device.stream);
+  const std::vector<Table> tables = tables_of(weights, cells.dtype);
+  const Input input = input_of(values, offsets, lookups, drop_invalid, tables, grad_output.numel());
+  Tensor grad = new_empty(grad_output, {input.values.size}, wide_scalar(cells.dtype));
+  backward_per_sample_weights(tables, input, cells, grad.mutable_data_ptr(), device.stream);
   return grad;
 }
 
@@ -379,31 +256,13 @@ Parameter parameter_of(const char* argument, const Tensor& tensor, const Tensor&
 }
 
 void embedding_bag_collection_update(
-    std::vector<Tensor> weights, std::vector<Tensor> states, Tensor step, Tensor grad_output,
-    std::optional<Tensor> argmax, Tensor values, Tensor offsets, std::optional<Tensor> per_sample_weights,
-    Tensor lookups, bool drop_invalid, int64_t optimizer, Tensor hyperparameters, int64_t seed,
-    bool stochastic_rounding) {
-  // Which states each optimizer has: whether one is a number for each row.
-  static const std::vector<std::vector<bool>> states_of = {
-      {}, {false}, {true}, {false, false}, {false, true}, {false, false}};
+    Tensors weights, Tensors states, Tensor step, Tensor grad_output, MaybeTensor argmax, Tensor values, Tensor offsets,
+    MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid, int64_t optimizer, Tensor hyperparameters,
+    int64_t seed, bool stochastic_rounding) {
   const OnDevice device(values);
-  STD_TORCH_CHECK(
-      0 <= optimizer && optimizer < static_cast<int64_t>(states_of.size()), op, ": expected an optimizer below ",
-      states_of.size(), ", got ", optimizer);
-  const std::vector<bool>& rowwise = states_of[optimizer];
-  STD_TORCH_CHECK(
-      states.size() == rowwise.size() * weights.size(), op, ": expected ", rowwise.size(),
-      " states for each of the weights, got ", states.size());
-  STD_TORCH_CHECK(
-      !step.is_cuda() && step.dim() == 0 && step.scalar_type() == ScalarType::Long, op,
-      ": expected step an int64 scalar on the CPU");
-  STD_TORCH_CHECK(
-      !hyperparameters.is_cuda() && hyperparameters.numel() * sizeof(double) == sizeof(Hyperparameters) &&
-          hyperparameters.is_contiguous() && hyperparameters.scalar_type() == ScalarType::Double,
-      op, ": expected hyperparameters float64 [8], contiguous and on the CPU");
-  Hyperparameters numbers;
-  std::memcpy(&numbers, hyperparameters.const_data_ptr(), sizeof(numbers));
-
+  const Step made = step_of(optimizer, hyperparameters, step, seed, stochastic_rounding);
+  check_state_count(states, weights, made.optimizer);
+  const int each = state_count(made.optimizer);
   CollectionGradient gradient(
       grad_output, argmax, weights, values, offsets, per_sample_weights, lookups, drop_invalid, device.stream);
   Upload targets;
@@ -416,15 +275,15 @@ void embedding_bag_collection_update(
       const Tensor& weight = weights[table];
       UpdatedTable updated = {number, gradient.plan.first_row[number], table, {}};
       updated.tensors[0] = parameter_of("weights", weight, weight, gradient.sum_dtype);
-      for (size_t s = 0; s < rowwise.size(); ++s) {
-        const Tensor& state = states[table * rowwise.size() + s];
+      all_aligned = all_aligned && is_aligned(updated.tensors[0], gradient.sum_dtype);
+      for (int s = 0; s < each; ++s) {
+        const Tensor& state = states[table * each + s];
+        const bool rowwise = is_rowwise(made.optimizer, s);
         STD_TORCH_CHECK(
-            state.dim() == (rowwise[s] ? 1 : 2), op, ": expected states of ",
-            rowwise[s] ? "one dimension" : "two dimensions", ", got ", state.dim());
+            state.dim() == (rowwise ? 1 : 2), op, ": expected states of ", rowwise ? "one dimension" : "two dimensions",
+            ", got ", state.dim());
         updated.tensors[s + 1] = parameter_of("states", state, weight, gradient.sum_dtype);
-      }
-      for (size_t t = 0; t < rowwise.size() + 1; ++t) {
-        all_aligned = all_aligned && ((t > 0 && rowwise[t - 1]) || is_aligned(updated.tensors[t], gradient.sum_dtype));
+        all_aligned = all_aligned && (rowwise || is_aligned(updated.tensors[s + 1], gradient.sum_dtype));
       }
       of_round.push_back(updated);
     }
@@ -432,14 +291,12 @@ void embedding_bag_collection_update(
     aligned.push_back(all_aligned);
   }
   targets.send(grad_output, device.stream);
-  int64_t* const count = static_cast<int64_t*>(step.mutable_data_ptr());
-  ++*count;
   gradient.each_round([&](const Round& round, size_t i, const void* sums) {
     update(
         round, gradient.runs, sums, gradient.sum_dtype, targets.at<UpdatedTable>(at[i]),
-        static_cast<int64_t>(round.tables.size()), aligned[i], static_cast<Optimizer>(optimizer), numbers, *count, seed,
-        stochastic_rounding, device.stream);
+        static_cast<int64_t>(round.tables.size()), aligned[i], made, device.stream);
   });
+  count_step(step);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RECSYS_OPS_CUDA_LIBRARY, RECSYS_OPS_CUDA_KEY, m) {

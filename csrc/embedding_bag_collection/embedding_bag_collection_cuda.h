@@ -10,19 +10,11 @@
 #include <cstdint>
 #include <vector>
 
-#include "../embedding_bag/bags.h"
+#include "../common/codes.h"
 #include "gradient_plan.h"
+#include "optimizer.h"
 
 namespace recsys_ops::embedding_bag_collection::cuda {
-
-using embedding_bag::Table;
-
-// The entries of all bags.
-struct Input {
-  Integers values;
-  Integers offsets;
-  bool drop_invalid;
-};
 
 // Elements of a dtype that lookups write to or gradients come from.
 struct Cells {
@@ -30,29 +22,19 @@ struct Cells {
   void* data;
 };
 
-// A table of codes: bytes, or two of four bits in each, with a scale and an offset for each row [R, 2].
-struct CodeTable {
-  const uint8_t* codes;
-  const float* scales;
-  int64_t rows, dim;
-  int64_t row_stride, column_stride;  // in bytes
-};
-
-enum class Format { int8, int4, fp8 };
-
 // Pools all lookups. per_sample_weights [N] or null; argmax like the output, or null.
 void forward(
-    const std::vector<Table>& tables, const std::vector<Lookup>& lookups, const Input& input,
-    const void* per_sample_weights, const Cells& output, int32_t* argmax, cudaStream_t stream);
+    const std::vector<Table>& tables, const Input& input, const void* per_sample_weights, const Cells& output,
+    int32_t* argmax, cudaStream_t stream);
 
+// The same of tables of codes.
 void quantized_forward(
-    const std::vector<CodeTable>& tables, Format format, const std::vector<Lookup>& lookups, const Input& input,
-    const void* per_sample_weights, const Cells& output, cudaStream_t stream);
+    CodeType codes, const std::vector<Table>& tables, const Input& input, const void* per_sample_weights,
+    const Cells& output, cudaStream_t stream);
 
 // Gradient of the per-sample weights, [N] in the type that sums are formed in.
 void backward_per_sample_weights(
-    const std::vector<Table>& tables, const std::vector<Lookup>& lookups, const Input& input,
-    const Cells& grad_output, void* out, cudaStream_t stream);
+    const std::vector<Table>& tables, const Input& input, const Cells& grad_output, void* out, cudaStream_t stream);
 
 // Copies bytes to the GPU as arguments of kernels, so that nobody waits and a CUDA graph keeps them.
 void upload(const std::vector<uint64_t>& words, uint64_t* to, cudaStream_t stream);
@@ -76,7 +58,7 @@ constexpr int bags_per_warp = 4;
 
 // keys [M], cell_of and cell_scale as above or null.
 void find_entries(
-    const GradientPlan& plan, const Range* ranges, const Input& input, uint64_t* keys, uint32_t* cell_of,
+    const GradientPlan& plan, const Range* ranges, const Entries& input, uint64_t* keys, uint32_t* cell_of,
     double* cell_scale, cudaStream_t stream);
 
 // first_entry and first_run [classes + 1], from the keys sorted by row, and numbered.
@@ -128,17 +110,10 @@ struct UpdatedTable {
 // Whether its rows can be moved in the widest words that sums are moved in.
 bool is_aligned(const Parameter& parameter, DType sum_dtype);
 
-enum class Optimizer { sgd, adagrad, rowwise_adagrad, adam, partial_rowwise_adam, lamb };
-
-struct Hyperparameters {
-  double lr, eps, beta1, beta2, weight_decay, decoupled_weight_decay, max_gradient, max_gradient_norm;
-};
-
 // Updates the touched rows of the tables of a round; formulas and rounding as in row_optimizers.py.
 // aligned: all weights and states with an element for each are.
 void update(
     const Round& round, const SortedRuns& runs, const void* sums, DType sum_dtype, const UpdatedTable* tables,
-    int64_t count, bool aligned, Optimizer optimizer, const Hyperparameters& hyperparameters, int64_t step,
-    int64_t seed, bool stochastic_rounding, cudaStream_t stream);
+    int64_t count, bool aligned, const Step& step, cudaStream_t stream);
 
 }  // namespace recsys_ops::embedding_bag_collection::cuda

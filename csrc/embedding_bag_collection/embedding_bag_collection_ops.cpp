@@ -1,21 +1,13 @@
 // Checks and allocation for torch.ops.recsys_ops.embedding_bag_collection_* on the CPU.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
-#include <cstring>
 #include <mutex>
 
 #include "arguments.h"
+#include "embedding_bag_collection.h"
 
 namespace recsys_ops::embedding_bag_collection {
 namespace {
-
-using Tensors = std::vector<Tensor>;
-using MaybeTensor = std::optional<Tensor>;
-
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
 
 void embedding_bag_collection_forward(
     Tensor output, MaybeTensor argmax, Tensors weights, Tensor values, Tensor offsets, MaybeTensor per_sample_weights,
@@ -23,9 +15,9 @@ void embedding_bag_collection_forward(
   const DType dtype = output_dtype("output", output);
   const std::vector<Table> tables = tables_of(weights, dtype);
   const Input input = input_of(values, offsets, lookups, drop_invalid, tables, output.numel());
-  int32_t* const positions = const_cast<int32_t*>(argmax_of(argmax, output.numel()));
   forward(
-      tables.data(), input, factors_of(per_sample_weights, input, dtype), dtype, output.mutable_data_ptr(), positions);
+      tables.data(), input, factors_of(per_sample_weights, input, dtype), dtype, output.mutable_data_ptr(),
+      argmax_of(argmax, output.numel()));
 }
 
 void embedding_bag_collection_quantized_forward(
@@ -33,48 +25,11 @@ void embedding_bag_collection_quantized_forward(
     MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid) {
   const DType dtype = output_dtype("output", output);
   STD_TORCH_CHECK(!is_double(dtype), op, ": expected output of float32, float16 or bfloat16");
-  STD_TORCH_CHECK(bits == 8 || bits == 4, op, ": expected bits 8 or 4, got ", bits);
-  STD_TORCH_CHECK(codes.size() == scales.size(), op, ": expected scales for ", codes.size(), " tables of codes");
-  CodeType type = bits == 4 ? CodeType::int4 : CodeType::int8;
-  std::vector<Table> tables;
-  for (size_t t = 0; t < codes.size(); ++t) {
-    const Tensor& table = codes[t];
-    const bool is_float8 = table.scalar_type() == ScalarType::Float8_e4m3fn;
-    type = is_float8 ? CodeType::float8 : type;
-    STD_TORCH_CHECK(
-        table.dim() == 2 && table.is_contiguous() &&
-            table.scalar_type() == (type == CodeType::float8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte),
-        op, ": expected codes [R, D] contiguous, all uint8 or all float8_e4m3fn");
-    check_like(op, "scales", scales[t], {table.size(0), 2}, ScalarType::Float);
-    const int64_t width = table.size(1);
-    tables.push_back(
-        {DType::float32, table.const_data_ptr(), table.size(0), type == CodeType::int4 ? 2 * width : width, width, 1,
-         static_cast<const float*>(scales[t].const_data_ptr())});
-  }
+  const auto [type, tables] = code_tables_of(codes, scales, bits);
   const Input input = input_of(values, offsets, lookups, drop_invalid, tables, output.numel());
   quantized_forward(
       type, tables.data(), input, factors_of(per_sample_weights, input, dtype), dtype, output.mutable_data_ptr());
 }
-
-// What all kernels that take the output's gradient are given.
-struct Backward {
-  DType dtype;
-  std::vector<Table> tables;
-  Input input;
-  Factors factors;
-  const int32_t* argmax;
-
-  Backward(
-      const Tensor& grad_output, const MaybeTensor& argmax_or_none, const Tensors& weights, const Tensor& values,
-      const Tensor& offsets, const MaybeTensor& per_sample_weights, const Tensor& lookups, bool drop_invalid)
-      : dtype(output_dtype("grad_output", grad_output)),
-        tables(tables_of(weights, dtype)),
-        input(input_of(values, offsets, lookups, drop_invalid, tables, grad_output.numel())),
-        factors(factors_of(per_sample_weights, input, dtype)),
-        argmax(argmax_of(argmax_or_none, grad_output.numel())) {
-    check_maxima(input, argmax);
-  }
-};
 
 Tensors embedding_bag_collection_backward(
     Tensor grad_output, MaybeTensor argmax, Tensors weights, Tensor values, Tensor offsets,
@@ -132,7 +87,7 @@ Tensor embedding_bag_collection_backward_per_sample_weights(
   const DType dtype = output_dtype("grad_output", grad_output);
   const std::vector<Table> tables = tables_of(weights, dtype);
   const Input input = input_of(values, offsets, lookups, drop_invalid, tables, grad_output.numel());
-  Tensor grad = new_empty(grad_output, {input.values.size}, is_double(dtype) ? ScalarType::Double : ScalarType::Float);
+  Tensor grad = new_empty(grad_output, {input.values.size}, wide_scalar(dtype));
   torch::stable::zero_(grad);
   const Rows out = {dtype_of(op, "grad", grad), grad.mutable_data_ptr(), 1};
   backward_per_sample_weights(tables.data(), input, dtype, grad_output.const_data_ptr(), out);
@@ -144,25 +99,9 @@ void embedding_bag_collection_update(
     MaybeTensor per_sample_weights, Tensor lookups, bool drop_invalid, int64_t optimizer, Tensor hyperparameters,
     int64_t seed, bool stochastic_rounding) {
   const Backward given(grad_output, argmax, weights, values, offsets, per_sample_weights, lookups, drop_invalid);
-  STD_TORCH_CHECK(
-      0 <= optimizer && optimizer <= static_cast<int64_t>(Optimizer::lamb), op, ": expected optimizer in [0, 6), got ",
-      optimizer);
-  STD_TORCH_CHECK(
-      step.dim() == 0 && step.scalar_type() == ScalarType::Long && step.is_cpu(), op,
-      ": expected step an int64 scalar on the CPU");
-  STD_TORCH_CHECK(
-      hyperparameters.dim() == 1 && hyperparameters.size(0) == 8 && hyperparameters.is_contiguous() &&
-          hyperparameters.scalar_type() == ScalarType::Double && hyperparameters.is_cpu(),
-      op, ": expected hyperparameters [8] of float64 on the CPU");
-  int64_t* const count = static_cast<int64_t*>(step.mutable_data_ptr());
-  const double* h = static_cast<const double*>(hyperparameters.const_data_ptr());
-  const double t = static_cast<double>(*count + 1);
-  const Step made = {
-      static_cast<Optimizer>(optimizer), h[0], h[1], h[2], h[3], h[4], h[5], h[6], h[7], 1 - std::pow(h[2], t),
-      1 - std::pow(h[3], t), stochastic_rounding, static_cast<uint32_t>(seed), static_cast<uint32_t>(*count + 1)};
+  const Step made = step_of(optimizer, hyperparameters, step, seed, stochastic_rounding);
+  check_state_count(states, weights, made.optimizer);
   const int each = state_count(made.optimizer);
-  STD_TORCH_CHECK(
-      states.size() == weights.size() * each, op, ": expected ", weights.size() * each, " states, got ", states.size());
   std::vector<TrainedTable> trained;
   for (size_t t = 0; t < weights.size(); ++t) {
     const Table& table = given.tables[t];
@@ -188,7 +127,7 @@ void embedding_bag_collection_update(
   update(
       given.tables.data(), trained.data(), trained.size(), given.input, given.factors, given.dtype,
       grad_output.const_data_ptr(), given.argmax, made);
-  ++*count;
+  count_step(step);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recsys_ops, CPU, m) {

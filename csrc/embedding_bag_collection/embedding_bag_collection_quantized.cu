@@ -8,8 +8,6 @@ namespace {
 
 using embedding_bag::cuda::rows_in_flight;
 
-using OfCodes = PooledLookup<CodeTable>;
-
 // The number that four bits of exponent and three of mantissa stand for.
 __device__ inline float from_e4m3(unsigned code) {
   const unsigned magnitude = code & 0x7f;
@@ -23,7 +21,6 @@ __device__ inline float from_e4m3(unsigned code) {
 // zeros where a row is not live.
 template <int N, int BITS, bool FLOATING>
 struct CodesInFlight {
-  using Source = CodeTable;
   using A = float;
   static constexpr int elements = N;
   static constexpr int bytes = N * BITS / 8 > 0 ? N * BITS / 8 : 1;
@@ -36,13 +33,13 @@ struct CodesInFlight {
   float scale[rows_in_flight], offset[rows_in_flight];
   int shift;
 
-  static __device__ Own look(const CodeTable& table, int64_t row) {
+  static __device__ Own look(const Table& table, int64_t row) {
     const Pack<float, 2> pair = load<2>(table.scales, 2 * row, row >= 0).unpacked();
     return {pair[0], pair[1]};
   }
 
   __device__ void load_from(
-      const CodeTable& table, int64_t column, const Group& group, int64_t lane_row, const Own& own, int first) {
+      const Table& table, int64_t column, const Group& group, int64_t lane_row, const Own& own, int first) {
     const int64_t byte = column * BITS / 8;
     shift = BITS == 4 && N == 1 ? 4 * static_cast<int>(column & 1) : 0;
 #pragma unroll
@@ -51,7 +48,7 @@ struct CodesInFlight {
       scale[u] = group.broadcast(own.scale, first + u);
       offset[u] = group.broadcast(own.offset, first + u);
       codes[u] = load<bytes>(
-          table.codes, row[u] * table.row_stride + (N == 1 ? byte * table.column_stride : byte),
+          static_cast<const uint8_t*>(table.data), row[u] * table.row_stride + byte,
           row[u] >= 0 && column < table.dim);
     }
   }
@@ -70,24 +67,25 @@ struct CodesInFlight {
 
 template <int N, int BITS, bool FLOATING>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_collection_quantized_forward_kernel(
-    const __grid_constant__ Batch<OfCodes> batch, Input input, const float* per_sample_weights, Cells output) {
+    const __grid_constant__ Batch batch, Entries input, const float* per_sample_weights, Cells output) {
   sum_lookups<CodesInFlight<N, BITS, FLOATING>>(batch, input, per_sample_weights, output);
 }
 
 template <int N, int BITS, bool FLOATING>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
     embedding_bag_collection_quantized_max_forward_kernel(
-        const __grid_constant__ Batch<OfCodes> batch, Input input, Cells output) {
+        const __grid_constant__ Batch batch, Entries input, Cells output) {
   maximum_of_lookups<CodesInFlight<N, BITS, FLOATING>>(batch, input, output, nullptr);
 }
 
-Tiles tile_codes(const CodeTable& table, Format format, const Lookup& lookup, const Cells& output) {
-  const int64_t codes_per_byte = format == Format::int4 ? 2 : 1;
+Tiles tile_codes(const Table& table, CodeType codes, const Lookup& lookup, const Cells& output) {
+  const int64_t codes_per_byte = codes == CodeType::int4 ? 2 : 1;
   Tiles tiles;
   // Of the widths that there are kernels for.
   for (int64_t most = 8;; most = tiles.elements / 2) {
     tiles = tile_lookup(
-        table.codes, table.dim, table.row_stride * codes_per_byte, table.column_stride, lookup, output, nullptr, most);
+        static_cast<const uint8_t*>(table.data), table.dim, table.row_stride * codes_per_byte, 1, lookup, output,
+        nullptr, most);
     if (tiles.elements == 8 || tiles.elements == 4 || tiles.elements == 1) {
       return tiles;
     }
@@ -95,10 +93,10 @@ Tiles tile_codes(const CodeTable& table, Format format, const Lookup& lookup, co
 }
 
 template <class F>
-void dispatch_codes(Format format, const F& f) {
-  if (format == Format::int4) {
+void dispatch_codes(CodeType codes, const F& f) {
+  if (codes == CodeType::int4) {
     f(std::integral_constant<int, 4>(), std::false_type());
-  } else if (format == Format::int8) {
+  } else if (codes == CodeType::int8) {
     f(std::integral_constant<int, 8>(), std::false_type());
   } else {
     f(std::integral_constant<int, 8>(), std::true_type());
@@ -119,20 +117,20 @@ void dispatch_width(int elements, const F& f) {
 }  // namespace
 
 void quantized_forward(
-    const std::vector<CodeTable>& tables, Format format, const std::vector<Lookup>& lookups, const Input& input,
-    const void* per_sample_weights, const Cells& output, cudaStream_t stream) {
-  std::map<std::pair<int, bool>, std::vector<OfCodes>> kinds;
-  for (const Lookup& lookup : lookups) {
-    const CodeTable& table = tables[lookup.table];
+    CodeType codes, const std::vector<Table>& tables, const Input& input, const void* per_sample_weights,
+    const Cells& output, cudaStream_t stream) {
+  std::map<std::pair<int, bool>, std::vector<PooledLookup>> kinds;
+  for (const Lookup& lookup : input) {
+    const Table& table = tables[lookup.table];
     if (lookup.num_bags > 0 && table.dim > 0) {
-      const Tiles tiles = tile_codes(table, format, lookup, output);
-      kinds[{tiles.elements, lookup.mode == maximum}].push_back(
-          {table, tiles, lookup.first_bag, lookup.num_bags, lookup.start, lookup.stride, lookup.mode == mean});
+      const Tiles tiles = tile_codes(table, codes, lookup, output);
+      kinds[{tiles.elements, lookup.mode == Mode::maximum}].push_back(
+          {table, tiles, lookup.first_bag, lookup.num_bags, lookup.start, lookup.stride, lookup.mode == Mode::mean});
     }
   }
-  const auto tasks = [](const OfCodes& lookup) { return lookup.num_bags * lookup.tiles.blocks; };
+  const auto tasks = [](const PooledLookup& lookup) { return lookup.num_bags * lookup.tiles.blocks; };
   for (const auto& [kind, of_kind] : kinds) {
-    dispatch_codes(format, [&, &kind = kind, &of_kind = of_kind](auto bits, auto floating) {
+    dispatch_codes(codes, [&, &kind = kind, &of_kind = of_kind](auto bits, auto floating) {
       dispatch_width(kind.first, [&](auto elements) {
         constexpr int N = elements.value, BITS = bits.value;
         constexpr bool FLOATING = floating.value;

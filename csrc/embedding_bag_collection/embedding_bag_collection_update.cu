@@ -7,16 +7,16 @@
 namespace recsys_ops::embedding_bag_collection::cuda {
 namespace {
 
-// The hyperparameters of one step, reckoned in double.
+// A step in the type that sums are formed in.
 template <class A>
-struct Step {
+struct StepIn {
   Optimizer optimizer;
   A lr, eps, rate1, rate2;  // rates: 1 - beta
   A correction1, correction2;
   A weight_decay, decoupled_weight_decay;
   A max_gradient, max_gradient_norm;
   bool clips_norm, rounds_stochastically;
-  unsigned seed, number;
+  unsigned seed, count;
 
   __device__ bool is_adagrad() const {
     return optimizer == Optimizer::adagrad || optimizer == Optimizer::rowwise_adagrad;
@@ -40,10 +40,10 @@ struct Rounding {
   unsigned key;
 
   template <class A>
-  __device__ Rounding(const Step<A>& step, const Parameter& of, int64_t tensor, int64_t row)
+  __device__ Rounding(const StepIn<A>& step, const Parameter& of, int64_t tensor, int64_t row)
       : stochastic(step.rounds_stochastically && (of.dtype == DType::float16 || of.dtype == DType::bfloat16)), key(0) {
     if (stochastic) {
-      key = mix(static_cast<unsigned>(tensor) + mix(step.number + mix(step.seed)));
+      key = mix(static_cast<unsigned>(tensor) + mix(step.count + mix(step.seed)));
       key = mix(static_cast<unsigned>(row) + mix(static_cast<unsigned>(row >> 32) + key));
     }
   }
@@ -106,7 +106,7 @@ __device__ void write(const Parameter& to, int64_t at, const Pack<double, N>& va
 // A touched row as the lanes of a group see it, some columns at a time.
 template <class A, int N>
 struct TouchedRow {
-  const Step<A>& step;
+  const StepIn<A>& step;
   const UpdatedTable& table;
   const A* gradient;
   const int64_t row;
@@ -200,7 +200,7 @@ struct TouchedRow {
 template <class A, int N>
 __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_bag_collection_update_kernel(
     SortedRuns runs, int64_t first_class, int64_t end_class, const UpdatedTable* tables, int count, int64_t dim,
-    Tiles tiles, const __grid_constant__ Step<A> step, const A* sums) {
+    Tiles tiles, const __grid_constant__ StepIn<A> step, const A* sums) {
   const Group group(tiles.lanes);
   const int64_t before = runs.first_run[first_class], touched = runs.first_run[end_class] - before;
   for (int64_t task = group.first_task(); any(task < touched); task += group.stride()) {
@@ -256,25 +256,23 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm) embedding_ba
 }
 
 template <class A>
-Step<A> step_of(
-    Optimizer optimizer, const Hyperparameters& h, int64_t step, int64_t seed, bool stochastic_rounding) {
-  const double steps = static_cast<double>(step);
+StepIn<A> step_in(const Step& step) {
   return {
-      optimizer,
-      static_cast<A>(h.lr),
-      static_cast<A>(h.eps),
-      static_cast<A>(1 - h.beta1),
-      static_cast<A>(1 - h.beta2),
-      static_cast<A>(1 - std::pow(h.beta1, steps)),
-      static_cast<A>(1 - std::pow(h.beta2, steps)),
-      static_cast<A>(h.weight_decay),
-      static_cast<A>(h.decoupled_weight_decay),
-      static_cast<A>(h.max_gradient),
-      static_cast<A>(h.max_gradient_norm),
-      h.max_gradient_norm < INFINITY,
-      stochastic_rounding,
-      static_cast<unsigned>(seed),
-      static_cast<unsigned>(step)};
+      step.optimizer,
+      static_cast<A>(step.lr),
+      static_cast<A>(step.eps),
+      static_cast<A>(1 - step.beta1),
+      static_cast<A>(1 - step.beta2),
+      static_cast<A>(step.correction1),
+      static_cast<A>(step.correction2),
+      static_cast<A>(step.weight_decay),
+      static_cast<A>(step.decoupled_weight_decay),
+      static_cast<A>(step.max_gradient),
+      static_cast<A>(step.max_gradient_norm),
+      step.max_gradient_norm < INFINITY,
+      step.stochastic_rounding,
+      step.seed,
+      step.count};
 }
 
 }  // namespace
@@ -291,8 +289,7 @@ bool is_aligned(const Parameter& parameter, DType sum_dtype) {
 
 void update(
     const Round& round, const SortedRuns& runs, const void* sums, DType sum_dtype, const UpdatedTable* tables,
-    int64_t count, bool aligned, Optimizer optimizer, const Hyperparameters& hyperparameters, int64_t step,
-    int64_t seed, bool stochastic_rounding, cudaStream_t stream) {
+    int64_t count, bool aligned, const Step& step, cudaStream_t stream) {
   const auto start = [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const Tiles tiles =
@@ -300,8 +297,8 @@ void update(
     dispatch_elements<A>(tiles, [&](auto elements) {
       launch(
           stream, embedding_bag_collection_update_kernel<A, elements.value>, round.most_runs, tiles.lanes, runs,
-          round.first_class, round.end_class, tables, static_cast<int>(count), round.dim, tiles,
-          step_of<A>(optimizer, hyperparameters, step, seed, stochastic_rounding), static_cast<const A*>(sums));
+          round.first_class, round.end_class, tables, static_cast<int>(count), round.dim, tiles, step_in<A>(step),
+          static_cast<const A*>(sums));
     });
   };
   if (sum_dtype == DType::float64) {

@@ -19,15 +19,9 @@
 #include <vector>
 
 #include "../embedding_bag/key_layout.h"
+#include "lookups.h"
 
 namespace recsys_ops::embedding_bag_collection {
-
-enum Mode : int64_t { sum, mean, maximum };
-
-// A row of the tensor of lookups.
-struct Lookup {
-  int64_t table, mode, first_bag, num_bags, start, stride;
-};
 
 // The bags of one lookup of a class.
 struct Range {
@@ -79,12 +73,11 @@ struct Class {
 };
 
 inline std::vector<Class> find_classes(
-    const std::vector<std::vector<Lookup>>& lookups_of, const std::vector<int64_t>& rows,
-    const std::vector<int64_t>& dims) {
+    const std::vector<std::vector<Lookup>>& lookups_of, const std::vector<Table>& tables) {
   std::map<std::vector<int64_t>, size_t> known;
   std::vector<Class> classes;
-  for (size_t table = 0; table < rows.size(); ++table) {
-    std::vector<int64_t> key = {rows[table]};
+  for (size_t table = 0; table < tables.size(); ++table) {
+    std::vector<int64_t> key = {tables[table].rows};
     for (const Lookup& lookup : lookups_of[table]) {
       key.insert(key.end(), {lookup.first_bag, lookup.num_bags});
     }
@@ -93,13 +86,13 @@ inline std::vector<Class> find_classes(
     }
     const auto [at, is_new] = known.emplace(key, classes.size());
     if (is_new) {
-      classes.push_back({rows[table], {}, lookups_of[table]});
+      classes.push_back({tables[table].rows, {}, lookups_of[table]});
     }
     classes[at->second].tables.push_back(static_cast<int64_t>(table));
   }
   // So that the tables of a width are neighbours.
   std::stable_sort(classes.begin(), classes.end(), [&](const Class& a, const Class& b) {
-    return dims[a.tables[0]] < dims[b.tables[0]];
+    return tables[a.tables[0]].dim < tables[b.tables[0]].dim;
   });
   return classes;
 }
@@ -139,17 +132,17 @@ inline int64_t set_layers(std::vector<Range>& ranges) {
 
 // Throws std::runtime_error where keys of 64 bits do not suffice.
 inline GradientPlan plan_gradients(
-    const std::vector<Lookup>& lookups, const std::vector<int64_t>& rows, const std::vector<int64_t>& dims,
-    int64_t num_values, bool weighted, int64_t bags_per_warp) {
-  std::vector<std::vector<Lookup>> lookups_of(rows.size());
+    const std::vector<Table>& tables, const Input& input, bool weighted, int64_t bags_per_warp) {
+  std::vector<std::vector<Lookup>> lookups_of(tables.size());
+  const int64_t num_values = input.values.size;
   GradientPlan plan = {};
   plan.by_position = weighted;
-  for (const Lookup& lookup : lookups) {
+  for (const Lookup& lookup : input) {
     lookups_of[lookup.table].push_back(lookup);
-    plan.by_position |= lookup.mode == maximum;
-    plan.has_mean |= lookup.mode == mean;
+    plan.by_position |= lookup.mode == Mode::maximum;
+    plan.has_mean |= lookup.mode == Mode::mean;
   }
-  const auto classes = plan_details::find_classes(lookups_of, rows, dims);
+  const auto classes = plan_details::find_classes(lookups_of, tables);
 
   int64_t row = 0, warps = 0;
   std::vector<size_t> first_range = {0};
@@ -182,10 +175,10 @@ inline GradientPlan plan_gradients(
   for (size_t number = 0; number < classes.size(); ++number) {
     std::map<std::pair<int64_t, bool>, int64_t> seen;
     for (const int64_t table : classes[number].tables) {
-      const bool is_maximum = lookups_of[table][0].mode == maximum;
-      const int64_t before = seen[{dims[table], is_maximum}]++;
-      Round& round = rounds[{dims[table], is_maximum, before}];
-      round.dim = dims[table];
+      const bool is_maximum = lookups_of[table][0].mode == Mode::maximum;
+      const int64_t dim = tables[table].dim, before = seen[{dim, is_maximum}]++;
+      Round& round = rounds[{dim, is_maximum, before}];
+      round.dim = dim;
       round.is_maximum = is_maximum;
       round.tables.push_back({static_cast<int64_t>(number), table});
     }
@@ -205,7 +198,7 @@ inline GradientPlan plan_gradients(
       for (const Lookup& lookup : lookups_of[table]) {
         range->start = lookup.start;
         range->stride = lookup.stride;
-        range->mean = lookup.mode == mean;
+        range->mean = lookup.mode == Mode::mean;
         ++range;
       }
     }

@@ -17,7 +17,6 @@
 namespace recsys_ops::embedding_bag_collection::cuda {
 
 using namespace recsys_ops::cuda;
-using embedding_bag::Bags;
 using embedding_bag::cuda::BagReader;
 
 // Which of ascending ends is the first beyond a number; there is one.
@@ -36,14 +35,13 @@ __device__ int find_end(const Ends& end_of, int count, int64_t number) {
 }
 
 // The bags that one lookup pools from a table.
-template <class Source>
 struct PooledLookup {
-  Source table;
+  Table table;
   Tiles tiles;
   int64_t first_bag, num_bags, start, stride;
   bool mean;
 
-  __device__ Bags bags(const Input& input) const {
+  __device__ Bags bags(const Entries& input) const {
     return {input.values, input.offsets, first_bag + num_bags, table.rows, -1, input.drop_invalid};
   }
   // The number of a bag among all, or of none.
@@ -51,17 +49,16 @@ struct PooledLookup {
 };
 
 // Lookups of one launch, by value: at most 4 KB, as many as every driver takes.
-template <class Item>
 struct Batch {
   static constexpr int capacity =
-      std::min<int>(RECSYS_OPS_MOST_LOOKUPS, (4096 - 256) / (sizeof(Item) + sizeof(int64_t)));
+      std::min<int>(RECSYS_OPS_MOST_LOOKUPS, (4096 - 256) / (sizeof(PooledLookup) + sizeof(int64_t)));
   int count;
   int64_t ends[capacity];  // warps up to and with each
-  Item items[capacity];
+  PooledLookup items[capacity];
 
   RECSYS_OPS_INLINE int64_t warps() const { return ends[count - 1]; }
 
-  void add(const Item& item, int64_t tasks) {
+  void add(const PooledLookup& item, int64_t tasks) {
     const int64_t tasks_per_warp = warp_lanes / item.tiles.lanes;
     ends[count] = (count > 0 ? ends[count - 1] : 0) + (tasks + tasks_per_warp - 1) / tasks_per_warp;
     items[count++] = item;
@@ -69,13 +66,13 @@ struct Batch {
 };
 
 // Calls f(lookup, group, task) for the tasks of this group; all groups of a warp have the same lookup.
-template <class Item, class F>
-__device__ void each_task(const Batch<Item>& batch, const F& f) {
+template <class F>
+__device__ void each_task(const Batch& batch, const F& f) {
   const int64_t warps_of_block = blockDim.x / warp_lanes;
   for (int64_t warp = blockIdx.x * warps_of_block + threadIdx.x / warp_lanes; warp < batch.warps();
        warp += gridDim.x * warps_of_block) {
     const int number = find_end([&](int i) { return batch.ends[i]; }, batch.count, warp);
-    const Item& item = batch.items[number];
+    const PooledLookup& item = batch.items[number];
     const Group group(item.tiles.lanes);
     const int64_t before = number > 0 ? batch.ends[number - 1] : 0;
     const int in_warp = static_cast<int>(threadIdx.x) % warp_lanes;
@@ -84,11 +81,11 @@ __device__ void each_task(const Batch<Item>& batch, const F& f) {
 }
 
 // Starts kernel(batch, arguments...) for items with so many tasks each, as few times as their number allows.
-template <class Item, class Kernel, class TasksOf, class... Arguments>
+template <class Kernel, class TasksOf, class... Arguments>
 void launch_batches(
-    cudaStream_t stream, const std::vector<Item>& items, const TasksOf& tasks_of, const Kernel& kernel,
+    cudaStream_t stream, const std::vector<PooledLookup>& items, const TasksOf& tasks_of, const Kernel& kernel,
     const Arguments&... arguments) {
-  Batch<Item> batch;
+  Batch batch;
   batch.count = 0;
   const auto start = [&] {
     if (batch.count > 0) {
@@ -96,9 +93,9 @@ void launch_batches(
       batch.count = 0;
     }
   };
-  for (const Item& item : items) {
+  for (const PooledLookup& item : items) {
     batch.add(item, tasks_of(item));
-    if (batch.count == Batch<Item>::capacity) {
+    if (batch.count == Batch::capacity) {
       start();
     }
   }
@@ -132,10 +129,9 @@ __device__ void store_as(const Cells& to, int64_t at, const Pack<double, N>& pac
 // The output of lookups by sum and mean.
 template <class Rows, class W>
 __device__ void sum_lookups(
-    const Batch<PooledLookup<typename Rows::Source>>& batch, const Input& input, const W* per_sample_weights,
-    const Cells& output) {
+    const Batch& batch, const Entries& input, const W* per_sample_weights, const Cells& output) {
   bool good = true;
-  each_task(batch, [&](const auto& lookup, const Group& group, int64_t task) {
+  each_task(batch, [&](const PooledLookup& lookup, const Group& group, int64_t task) {
     const Place place = place_of(task, lookup.tiles, Rows::elements, group.lane);
     const Bags bags = lookup.bags(input);
     const BagReader reader(bags, lookup.bag(place.row), good);
@@ -153,10 +149,9 @@ __device__ void sum_lookups(
 // The output of lookups by maximum, and where each is from, unless argmax is null.
 template <class Rows>
 __device__ void maximum_of_lookups(
-    const Batch<PooledLookup<typename Rows::Source>>& batch, const Input& input, const Cells& output,
-    int32_t* argmax) {
+    const Batch& batch, const Entries& input, const Cells& output, int32_t* argmax) {
   bool good = true;
-  each_task(batch, [&](const auto& lookup, const Group& group, int64_t task) {
+  each_task(batch, [&](const PooledLookup& lookup, const Group& group, int64_t task) {
     const Place place = place_of(task, lookup.tiles, Rows::elements, group.lane);
     const Bags bags = lookup.bags(input);
     const BagReader reader(bags, lookup.bag(place.row), good);
