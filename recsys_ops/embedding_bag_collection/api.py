@@ -179,7 +179,7 @@ def collection(
         or (per_sample_weights is not None and per_sample_weights.requires_grad)
         or any(w.requires_grad for w in weights)
     )
-    computed = None
+    computed, server = None, "native"
     if is_eager(backend) and not (needs_grad and (has_max or out is not None)):
         result = _eager_forward(
             weights,
@@ -195,22 +195,22 @@ def collection(
         if result is not None and not needs_grad:
             return result
         if result is not None:
-            backend, computed = "native", (result, values.new_empty(0, dtype=torch.int32))
+            computed = result, values.new_empty(0, dtype=torch.int32)
     if per_sample_weights is not None:
         per_sample_weights = _check_per_sample_weights(per_sample_weights, values, dtype)
     values, offsets = values.contiguous(), offsets.contiguous()
     if computed is None:
-        backend = _choose(backend, values.device.type, weights[0].dtype)
-    options = (placement.size, dtype, drop_invalid, has_max, backend)
+        server = _choose(backend, values.device.type, weights[0].dtype)
+    options = (placement.size, dtype, drop_invalid, has_max, server)
     if out is not None:
         _check_out(out, placement.size, dtype, needs_grad, values)
-        autograd.KERNELS[backend].embedding_bag_collection_forward(
+        autograd.KERNELS[server].embedding_bag_collection_forward(
             out, None, weights, values, offsets, per_sample_weights, placement.lookups, drop_invalid
         )
         return out
     if torch.compiler.is_compiling() and update is None:
         return torch.ops.recsys_ops.embedding_bag_collection(
-            weights, values, offsets, per_sample_weights, placement.lookups, *options[:-1], sparse, backend
+            weights, values, offsets, per_sample_weights, placement.lookups, *options[:-1], sparse, server
         )[0]
     if needs_grad:
         trigger = torch.empty(0, requires_grad=True) if update is not None else None
