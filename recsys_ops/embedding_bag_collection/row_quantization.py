@@ -21,7 +21,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Codes, and scales and offsets [R, 2], of a table [R, D].
+    """Codes, and scales and offsets [R, 2], of a table [R, D]; both contiguous.
 
     Raises:
         ValueError: for another format than these, or int4 where D is odd.
@@ -36,7 +36,7 @@ def quantize_rows(weight: Tensor, format: str) -> tuple[Tensor, Tensor]:
         raise ValueError(f"quantize_rows: expected format to be one of {FORMATS}, got {format!r}")
     if format == "int4" and weight.shape[1] % 2:
         raise ValueError(f"quantize_rows: expected int4 rows of even length, got {weight.shape[1]}")
-    w = weight.float()
+    w = weight.float().contiguous()
     if format == "fp8":
         highest = torch.finfo(FP8).max
         scale = _finite_or_nan(_largest(w.abs()) / highest)
