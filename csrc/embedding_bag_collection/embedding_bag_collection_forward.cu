@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(threads_per_block, blocks_per_sm)
           rows.load_from(lookup.table, place.column, group, row, {}, i);
 #pragma unroll
           for (int u = 0; u < rows_in_flight; ++u) {
-            const Pack<T, N> values = rows.values[u].unpacked();
+            const Pack<A, N> values = rows.widened(u);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-              dots[u] += rows.row[u] >= 0 ? widen(values[k]) * gradient[k] : A{0};
+              dots[u] += rows.row[u] >= 0 ? values[k] * gradient[k] : A{0};
             }
           }
         }

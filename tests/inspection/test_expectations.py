@@ -1,5 +1,7 @@
 """Every kernel of both backends, compiled for GPUs that are not here, against what is recorded of it.
 
+Those of embedding_bag in every run, those of other operators for one GPU at a time, in shares of days.
+
 What must hold whatever is recorded is said here: nothing spills, nothing is atomic, and rows are
 gathered by 16 bytes straight into registers.
 """
@@ -12,12 +14,21 @@ from pathlib import Path
 
 import pytest
 
+from recsys_ops.backends import operators
 from recsys_ops.embedding_bag import variants
 from recsys_ops.inspection import TARGETS, cuda_compiler, expectations, triton_compiler
 from recsys_ops.inspection.binaries import CompiledKernel
 from recsys_ops.inspection.command import Inspection, inspect
 from recsys_ops.inspection.expectations import Expectation, Key, Recorded
 
+OP = "embedding_bag"
+OTHERS = [
+    (op, backend, target)
+    for op in operators()
+    for backend, targets in TARGETS.items()
+    for target in targets
+    if op != OP
+]
 VERSIONS = {"cuda": "13.0"}
 KEY = Key("bag", "cuda", "forward fp32 x4", "sm_90")
 KERNEL = CompiledKernel(
@@ -50,8 +61,8 @@ SHORTEST = {variant.name for variant in variants.SHORTEST_ROWS}
 
 @pytest.fixture(scope="module")
 def inspection() -> Inspection:
-    """Everything that can be compiled here."""
-    found = inspect()
+    """All kernels of one operator that can be compiled here."""
+    found = inspect([OP])
     if not found.kernels:
         pytest.skip("; ".join(found.absent.values()))
     return found
@@ -65,21 +76,40 @@ def of_backend(inspection: Inspection, backend: str) -> dict[Key, CompiledKernel
 
 @pytest.mark.parametrize("backend", TARGETS)
 def test_no_kernel_lost_what_is_recorded(inspection: Inspection, backend: str) -> None:
-    kernels = of_backend(inspection, backend)
-    findings = expectations.compare(kernels, expectations.read(), inspection.versions)
-    assert not [str(finding) for finding in findings if not finding.is_note]
+    check_nothing_lost(of_backend(inspection, backend), inspection.versions)
 
 
 @pytest.mark.parametrize("backend", TARGETS)
 def test_the_file_is_up_to_date(inspection: Inspection, backend: str) -> None:
     """Else a kernel that got better could become worse again unseen: run recsys-ops inspect --record."""
-    kernels = of_backend(inspection, backend)
+    check_up_to_date(of_backend(inspection, backend), inspection.versions)
+
+
+def check_nothing_lost(kernels: dict[Key, CompiledKernel], versions: dict[str, str]) -> None:
+    findings = expectations.compare(kernels, expectations.read(), versions)
+    assert not [str(finding) for finding in findings if not finding.is_note]
+
+
+def check_up_to_date(kernels: dict[Key, CompiledKernel], versions: dict[str, str]) -> None:
     recorded = expectations.read()
-    if recorded.versions[backend] != inspection.versions[backend]:
-        pytest.skip(f"recorded with version {recorded.versions[backend]} of the compiler")
-    lines = {key: line for key, line in recorded.lines.items() if key.backend == backend}
+    for backend in {key.backend for key in kernels}:
+        if recorded.versions[backend] != versions[backend]:
+            pytest.skip(f"recorded with version {recorded.versions[backend]} of the compiler")
+    compiled = {key._replace(kernel="") for key in kernels}
+    lines = {key: line for key, line in recorded.lines.items() if key._replace(kernel="") in compiled}
     found = {key: Expectation.of(kernel) for key, kernel in kernels.items()}
     assert [key for key in {*lines, *found} if lines.get(key) != found.get(key)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op, backend, target", OTHERS)
+def test_other_operators_are_what_is_recorded(op: str, backend: str, target: str) -> None:
+    found = inspect([op], [target], [backend])
+    if not found.kernels:
+        pytest.skip("; ".join(found.absent.values()))
+    check_nothing_lost(found.kernels, found.versions)
+    check_up_to_date(found.kernels, found.versions)
+    assert [str(key) for key, kernel in found.kernels.items() if kernel.spilled_bytes or kernel.atomics] == []
 
 
 def test_nothing_spills_and_nothing_is_atomic(inspection: Inspection) -> None:
