@@ -33,13 +33,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def registers(monkeypatch: pytest.MonkeyPatch, recorded: Path) -> dict[str, int]:
-    """Instead of compilers: each backend has a kernel, with these registers."""
+    """Instead of compilers: each backend has a kernel of one operator, with these registers."""
     taken = {"triton": 64, "cuda": 64}
 
     def compiled(backend: str, target: str) -> dict[str, CompiledKernel]:
         kernel = CompiledKernel(target, 128, taken[backend], 0, 0, {16: 8}, {16: 1}, 8, 0, 0, 0, 640)
         return {"backward_per_sample_weights fp32 d1000 i64": kernel}
 
+    monkeypatch.setattr(command, "operators", lambda: ["embedding_bag"])
     monkeypatch.setattr(triton_compiler, "missing", lambda: None)
     monkeypatch.setattr(triton_compiler, "version", lambda: "3.7.1")
     monkeypatch.setattr(triton_compiler, "compile_operator", lambda op, target: compiled("triton", target))
