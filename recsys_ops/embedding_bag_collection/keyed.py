@@ -34,12 +34,11 @@ def forward(module: PooledCollection, features: Any, out: Tensor | None) -> Any:
         pooled = out
     else:
         pooled = module.side_by_side(result, placement)
-    dims = [t.embedding_dim for t in module.tables for _ in t.features if t.pooling != "none"]
-    keyed = KeyedTensor(keys=names, values=pooled, length_per_key=dims)
+    keyed = KeyedTensor(keys=names, values=pooled, length_per_key=module.embedding_dims)
     if not module.layout.sequences:
         return keyed
     lengths, sequences = features.to_dict(), {}
-    for (name, table), block in zip(module._lookups(), placement.blocks, strict=True):
+    for (name, table), block in zip(module.named_lookups, placement.blocks, strict=True):
         if table.pooling == "none":
             jagged = lengths[name.removesuffix(f"@{table.name}")]
             sequences[name] = JaggedTensor(block.of(result), lengths=jagged.lengths())

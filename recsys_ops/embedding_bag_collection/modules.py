@@ -136,6 +136,15 @@ class PooledCollection(torch.nn.Module):
         self.output_dtype = output_dtype
         self.is_weighted_input = is_weighted
         self.bounds, self.backend = bounds, backend
+        shared = Counter(f for table in tables for f in table.features)
+        # The name of each lookup and its table.
+        self.named_lookups = tuple(
+            (f"{f}@{table.name}" if shared[f] > 1 else f, table) for table in tables for f in table.features
+        )
+        self.embedding_names = [name for name, table in self.named_lookups if table.pooling != "none"]
+        self.embedding_dims = [
+            table.embedding_dim for _, table in self.named_lookups if table.pooling != "none"
+        ]
         self._placements: dict[Any, Placement] = {}
 
     @property
@@ -153,11 +162,6 @@ class PooledCollection(torch.nn.Module):
     ) -> Tensor:
         """The cells of a placement, [placement.size]."""
         raise NotImplementedError
-
-    @property
-    def embedding_names(self) -> list[str]:
-        """Of the pooled lookups, in the order of their columns."""
-        return [name for name, table in self._lookups() if table.pooling != "none"]
 
     def forward(
         self,
@@ -200,9 +204,10 @@ class PooledCollection(torch.nn.Module):
         if batch_sizes is None and not self.layout.sequences:
             return result if out is not None else result.view(-1, self.layout.pooled_dim)
         blocks = {
-            name: block.of(result) for (name, _), block in zip(self._lookups(), placement.blocks, strict=True)
+            name: block.of(result)
+            for (name, _), block in zip(self.named_lookups, placement.blocks, strict=True)
         }
-        sequences = {name: blocks[name] for name, table in self._lookups() if table.pooling == "none"}
+        sequences = {name: blocks[name] for name, table in self.named_lookups if table.pooling == "none"}
         if batch_sizes is not None:
             pooled: Any = [block for name, block in blocks.items() if name not in sequences]
         else:
@@ -232,21 +237,12 @@ class PooledCollection(torch.nn.Module):
         rows = next(
             (
                 b.rows
-                for b, (_, t) in zip(placement.blocks, self._lookups(), strict=True)
+                for b, (_, t) in zip(placement.blocks, self.named_lookups, strict=True)
                 if t.pooling != "none"
             ),
             0,
         )
         return result[: rows * self.layout.pooled_dim].view(rows, self.layout.pooled_dim)
-
-    def _lookups(self) -> list[tuple[str, TableConfig]]:
-        """The name of each lookup and its table."""
-        shared = Counter(f for table in self.tables for f in table.features)
-        return [
-            (f"{f}@{table.name}" if shared[f] > 1 else f, table)
-            for table in self.tables
-            for f in table.features
-        ]
 
 
 class EmbeddingBagCollection(PooledCollection):
