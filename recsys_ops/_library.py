@@ -57,6 +57,11 @@ def eager_function(name: str) -> Callable[..., torch.Tensor | None]:
     return function
 
 
+def names_of(dtypes: Iterable[torch.dtype]) -> str:
+    """For messages: ``float32 or float16``."""
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
 def is_eager(backend: str | None) -> bool:
     """Whether a call that asks for ``backend`` may bypass PyTorch's dispatcher: nothing else looks on.
 

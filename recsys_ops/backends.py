@@ -57,6 +57,28 @@ def triton_rejects_device(device: str) -> str | None:
     return None
 
 
+def native_rejects(subject: str) -> Callable[[Call], str | None]:
+    """Why native kernels cannot serve a call, told of the ``subject``: "weight is"."""
+
+    def rejects(call: Call) -> str | None:
+        if call.device not in ("cpu", "meta"):
+            return f"{subject} on {call.device}, native kernels run on the CPU"
+        return None
+
+    return rejects
+
+
+def cuda_rejects(subject: str) -> Callable[[Call], str | None]:
+    """The same of CUDA kernels."""
+
+    def rejects(call: Call) -> str | None:
+        if call.device not in ("cuda", "meta"):
+            return f"{subject} on {call.device}, CUDA kernels run on NVIDIA GPUs"
+        return None
+
+    return rejects
+
+
 # In order of preference. The value tells why the backend is absent from this
 # machine, or None where it is present.
 BACKENDS: dict[str, Callable[[], str | None]] = {

@@ -36,6 +36,10 @@ struct AccumulateType<double> {
 template <class T>
 using Accumulate = typename AccumulateType<T>::type;
 
+inline int64_t element_size(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
 // Calls f with a null pointer of the element type.
 template <class F>
 void dispatch(DType dtype, const F& f) {

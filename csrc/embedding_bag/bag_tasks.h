@@ -8,23 +8,28 @@
 
 namespace recsys_ops::embedding_bag {
 
-// The first bag of a task, so that tasks have about the same number of entries and bags.
-inline int64_t first_bag(const Bags& bags, int64_t task, int64_t tasks) {
-  if (task == tasks || bags.count == 0) {
-    return bags.count;
-  }
-  const int64_t start = bags.begin(0);
-  const int64_t wanted = (bags.end(bags.count - 1) - start + bags.count) * task / tasks;
+// Entries and bags of all bags.
+inline int64_t work_of(const Bags& bags) {
+  return bags.count > 0 ? bags.end(bags.count - 1) - bags.begin(0) + bags.count : 0;
+}
+
+// The first bag before which there is so much work.
+inline int64_t bag_at(const Bags& bags, int64_t work) {
   int64_t low = 0, high = bags.count;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (bags.begin(middle) - start + middle < wanted) {
+    if (bags.begin(middle) - bags.begin(0) + middle < work) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+// The first bag of a task, so that tasks have about the same number of entries and bags.
+inline int64_t first_bag(const Bags& bags, int64_t task, int64_t tasks) {
+  return task == tasks ? bags.count : bag_at(bags, work_of(bags) * task / tasks);
 }
 
 // Calls f(first, last) for ranges of bags, in parallel; f returns whether all values were good, as does this.

@@ -102,20 +102,9 @@ class Shares {
     if (at <= before[k]) {
       return 0;
     }
-    const int64_t start = input.offsets[lookup.first_bag];
-    const int64_t all = input.offsets[lookup.first_bag + lookup.num_bags] - start + lookup.num_bags;
-    const int64_t wanted = static_cast<int64_t>(
-        static_cast<double>(all) * static_cast<double>(at - before[k]) / static_cast<double>(before[k + 1] - before[k]));
-    int64_t low = 0, high = lookup.num_bags;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (input.offsets[lookup.first_bag + middle] - start + middle < wanted) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low;
+    const Bags bags = input.bags(lookup, 0);
+    const double share = static_cast<double>(at - before[k]) / static_cast<double>(before[k + 1] - before[k]);
+    return embedding_bag::bag_at(bags, static_cast<int64_t>(static_cast<double>(embedding_bag::work_of(bags)) * share));
   }
 
   const Input& input;
@@ -128,7 +117,7 @@ void pool_lookups(const Table* tables, const Input& input, DType dtype, void* ou
   if (input.offsets[0] != 0) {
     refuse(tables, input);
   }
-  const int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  const int64_t size = element_size(dtype);
   const Shares shares(tables, input);
   std::atomic<bool> good{true};
   run_tasks(shares.tasks, [&](int64_t task) {
@@ -465,7 +454,7 @@ void backward_per_sample_weights(
   if (!all_good(tables, input)) {
     refuse(tables, input);
   }
-  const int64_t size = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+  const int64_t size = element_size(dtype);
   for (int64_t k = 0; k < input.num_lookups; ++k) {  // lookups may share entries, so one after the other
     const Lookup& lookup = input.lookups[k];
     if (lookup.mode == Mode::maximum) {
@@ -488,12 +477,11 @@ void backward_per_sample_weights(
 void update(
     const Table* tables, const TrainedTable* trained, int64_t num_tables, const Input& input, const Factors& factors,
     DType dtype, const void* grad_output, const int32_t* argmax, const Step& step) {
-  const auto bytes_of = [](DType type) { return type == DType::float64 ? 8 : type == DType::float32 ? 4 : 2; };
   for_sorted_tables(
       tables, num_tables, input, factors, [&](int64_t t, Mode mode, const SortedBags& sorted, int64_t tasks) {
         const Table& table = tables[t];
         const TrainedTable& own = trained[t];
-        const int64_t element = bytes_of(table.dtype), in_state = bytes_of(own.state_dtype);
+        const int64_t element = element_size(table.dtype), in_state = element_size(own.state_dtype);
         std::vector<Place> places = {
             {static_cast<const char*>(own.weight), own.row_stride * element, table.dim * element}};
         for (int s = 0; s < state_count(step.optimizer); ++s) {

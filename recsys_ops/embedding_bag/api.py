@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_ops._library import eager_function, is_eager, register_kernels
-from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
+from recsys_ops._library import eager_function, is_eager, names_of, register_kernels
+from recsys_ops.backends import (
+    Call,
+    Implementation,
+    Operator,
+    choose_while_tracing,
+    cuda_rejects,
+    native_rejects,
+    triton_rejects_device,
+)
 from recsys_ops.embedding_bag import autograd, reference
 from recsys_ops.embedding_bag.autograd import (
     FAKES,
@@ -160,11 +168,11 @@ def _check_tensors(
         raise ValueError(f"embedding_bag: expected weight of shape [R, D], got {list(weight.shape)}")
     if weight.dtype not in _FLOATS:
         raise TypeError(
-            f"embedding_bag: expected weight of dtype {_names(_FLOATS)}, got {_names([weight.dtype])}"
+            f"embedding_bag: expected weight of dtype {names_of(_FLOATS)}, got {names_of([weight.dtype])}"
         )
     if input.dtype not in _INTEGERS:
         raise TypeError(
-            f"embedding_bag: expected input of dtype {_names(_INTEGERS)}, got {_names([input.dtype])}"
+            f"embedding_bag: expected input of dtype {names_of(_INTEGERS)}, got {names_of([input.dtype])}"
         )
     rows = weight.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
@@ -189,7 +197,7 @@ def _check_tensors(
         raise ValueError(f"embedding_bag: expected offsets of shape {wanted}, got {list(offsets.shape)}")
     if offsets.dtype not in _INTEGERS:
         raise TypeError(
-            f"embedding_bag: expected offsets of dtype {_names(_INTEGERS)}, got {_names([offsets.dtype])}"
+            f"embedding_bag: expected offsets of dtype {names_of(_INTEGERS)}, got {names_of([offsets.dtype])}"
         )
     if offsets.get_device() != weight.get_device():
         raise ValueError(
@@ -214,7 +222,7 @@ def _check_per_sample_weights(per_sample_weights: Tensor, input: Tensor, weight:
         if not torch.is_autocast_enabled(weight.device.type):
             raise TypeError(
                 "embedding_bag: expected per_sample_weights of the dtype of weight, "
-                f"{_names([weight.dtype])}, got {_names([per_sample_weights.dtype])}"
+                f"{names_of([weight.dtype])}, got {names_of([per_sample_weights.dtype])}"
             )
         per_sample_weights = per_sample_weights.to(weight.dtype)
     if per_sample_weights.device != weight.device:
@@ -252,24 +260,8 @@ def _renormalize(
     torch.embedding_renorm_(weight, input, max_norm, norm_type)
 
 
-def _names(dtypes: Any) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def _describe(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Call:
     return Call(weight.device.type, weight.dtype)
-
-
-def _native_rejects(call: Call) -> str | None:
-    if call.device not in ("cpu", "meta"):
-        return f"weight is on {call.device}, native kernels run on the CPU"
-    return None
-
-
-def _cuda_rejects(call: Call) -> str | None:
-    if call.device not in ("cuda", "meta"):
-        return f"weight is on {call.device}, CUDA kernels run on NVIDIA GPUs"
-    return None
 
 
 def _triton_rejects(call: Call) -> str | None:
@@ -280,8 +272,8 @@ OPERATOR = Operator(
     "embedding_bag",
     [
         Implementation("reference", lambda: reference, lambda call: None),
-        Implementation("native", lambda: autograd.KERNELS["native"], _native_rejects),
-        Implementation("cuda", lambda: autograd.KERNELS["cuda"], _cuda_rejects),
+        Implementation("native", lambda: autograd.KERNELS["native"], native_rejects("weight is")),
+        Implementation("cuda", lambda: autograd.KERNELS["cuda"], cuda_rejects("weight is")),
         Implementation(
             "triton",
             lambda: importlib.import_module("recsys_ops.triton_kernels.embedding_bag"),

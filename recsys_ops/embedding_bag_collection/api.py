@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_ops._library import eager_function, is_eager, register_kernels
-from recsys_ops.backends import Call, Implementation, Operator, choose_while_tracing, triton_rejects_device
+from recsys_ops._library import eager_function, is_eager, names_of, register_kernels
+from recsys_ops.backends import (
+    Call,
+    Implementation,
+    Operator,
+    choose_while_tracing,
+    cuda_rejects,
+    native_rejects,
+    triton_rejects_device,
+)
 from recsys_ops.embedding_bag_collection import autograd, reference
 from recsys_ops.embedding_bag_collection.autograd import (
     FAKES,
@@ -278,12 +286,12 @@ def check_tables(weights: Sequence[Tensor]) -> None:
             raise ValueError(f"{OP}: expected weights[{t}] of shape [R, D], got {list(weight.shape)}")
         if weight.dtype not in FLOATS:
             raise TypeError(
-                f"{OP}: expected weights[{t}] of dtype {_names(FLOATS)}, got {_names([weight.dtype])}"
+                f"{OP}: expected weights[{t}] of dtype {names_of(FLOATS)}, got {names_of([weight.dtype])}"
             )
         if (weight.dtype == torch.float64) != (weights[0].dtype == torch.float64):
             raise TypeError(
                 f"{OP}: expected all weights or none to be float64, got weights[0] of "
-                f"{_names([weights[0].dtype])} and weights[{t}] of {_names([weight.dtype])}"
+                f"{names_of([weights[0].dtype])} and weights[{t}] of {names_of([weight.dtype])}"
             )
         if weight.device != weights[0].device:
             raise ValueError(
@@ -312,7 +320,7 @@ def check_input(values: Tensor, offsets: Tensor, like: Tensor) -> None:
             raise ValueError(f"{OP}: expected {name} of shape {shape}, got {list(tensor.shape)}")
         if tensor.dtype not in INTEGERS:
             raise TypeError(
-                f"{OP}: expected {name} of dtype {_names(INTEGERS)}, got {_names([tensor.dtype])}"
+                f"{OP}: expected {name} of dtype {names_of(INTEGERS)}, got {names_of([tensor.dtype])}"
             )
         if tensor.get_device() != like.get_device():
             raise ValueError(
@@ -329,8 +337,8 @@ def check_output_dtype(dtype: torch.dtype, dtypes: Sequence[torch.dtype]) -> tor
     """Raise TypeError unless tables of these dtypes can be pooled to it; gives it back."""
     if dtype not in FLOATS or (dtype == torch.float64) != (torch.float64 in dtypes):
         raise TypeError(
-            f"{OP}: expected output_dtype {_names(FLOATS[:3])}, or float64 with float64 tables, "
-            f"got {_names([dtype])}"
+            f"{OP}: expected output_dtype {names_of(FLOATS[:3])}, or float64 with float64 tables, "
+            f"got {names_of([dtype])}"
         )
     return dtype
 
@@ -363,8 +371,8 @@ def _check_per_sample_weights(per_sample_weights: Tensor, values: Tensor, dtype:
         )
     if per_sample_weights.dtype not in FLOATS:
         raise TypeError(
-            f"{OP}: expected per_sample_weights of dtype {_names(FLOATS)}, "
-            f"got {_names([per_sample_weights.dtype])}"
+            f"{OP}: expected per_sample_weights of dtype {names_of(FLOATS)}, "
+            f"got {names_of([per_sample_weights.dtype])}"
         )
     if per_sample_weights.get_device() != values.get_device():
         raise ValueError(
@@ -383,37 +391,21 @@ def _check_out(out: Tensor, size: int, dtype: torch.dtype, needs_grad: bool, val
     if out.numel() != size or not out.is_contiguous():
         raise ValueError(f"{OP}: expected out contiguous, of {size} elements, got {list(out.shape)}")
     if out.dtype != dtype:
-        raise TypeError(f"{OP}: expected out of dtype {_names([dtype])}, got {_names([out.dtype])}")
+        raise TypeError(f"{OP}: expected out of dtype {names_of([dtype])}, got {names_of([out.dtype])}")
     if out.get_device() != values.get_device():
         raise ValueError(f"{OP}: expected out on the device of values, {values.device}, got {out.device}")
-
-
-def _names(dtypes: Any) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _describe(values: Tensor, offsets: Tensor, weights: Sequence[Tensor], *args: Any, **kwargs: Any) -> Call:
     return Call(values.device.type, weights[0].dtype)
 
 
-def _native_rejects(call: Call) -> str | None:
-    if call.device not in ("cpu", "meta"):
-        return f"the tables are on {call.device}, native kernels run on the CPU"
-    return None
-
-
-def _cuda_rejects(call: Call) -> str | None:
-    if call.device not in ("cuda", "meta"):
-        return f"the tables are on {call.device}, CUDA kernels run on NVIDIA GPUs"
-    return None
-
-
 OPERATOR = Operator(
     OP,
     [
         Implementation("reference", lambda: reference, lambda call: None),
-        Implementation("native", lambda: autograd.KERNELS["native"], _native_rejects),
-        Implementation("cuda", lambda: autograd.KERNELS["cuda"], _cuda_rejects),
+        Implementation("native", lambda: autograd.KERNELS["native"], native_rejects("the tables are")),
+        Implementation("cuda", lambda: autograd.KERNELS["cuda"], cuda_rejects("the tables are")),
         Implementation(
             "triton",
             lambda: importlib.import_module(f"recsys_ops.triton_kernels.{OP}"),
