@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from recsys_ops.backends import Call, Operator
 from recsys_ops.embedding_bag.cost import Cost
 
 Run = Callable[[Any], Any]  # one call on one batch
@@ -98,6 +99,20 @@ class Suite:
     candidates: Sequence[Candidate]
     targets: Sequence[Target] = ()
     backend: Callable[[], str] = lambda: ""  # the backend that serves ours
+
+
+def other_gpu_backends(operator: Operator, call: Call, prepare: Callable[..., Run]) -> list[Candidate]:
+    """Ours by the backends for GPUs that are not chosen on their own; ``prepare`` takes ``backend``."""
+    chosen = operator.choose(call).backend
+    return [
+        Candidate(
+            f"{OURS} {backend}",
+            functools.partial(prepare, backend=backend),
+            available=functools.partial(operator.rejection, backend, call),
+        )
+        for backend in operator.implementations
+        if backend in ("cuda", "triton") and backend != chosen
+    ]
 
 
 @functools.cache

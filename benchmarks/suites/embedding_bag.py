@@ -25,6 +25,7 @@ from recsys_ops.benchmarks.registry import (
     Target,
     Unsupported,
     Workload,
+    other_gpu_backends,
 )
 from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
 
@@ -231,20 +232,6 @@ _OURS_IN_OTHER_WAYS = [
 ]
 
 
-def _other_gpu_backends(call: Call) -> list[Candidate]:
-    """Ours by the backends for GPUs that are not chosen on their own."""
-    chosen = OPERATOR.choose(call).backend
-    return [
-        Candidate(
-            f"{OURS} {backend}",
-            functools.partial(_prepare_ours, backend=backend),
-            available=functools.partial(OPERATOR.rejection, backend, call),
-        )
-        for backend in OPERATOR.implementations
-        if backend in ("cuda", "triton") and backend != chosen
-    ]
-
-
 def suite(device: str) -> Suite:
     """What is measured on a device, "cpu" or "cuda"."""
     on_cpu = device == "cpu"
@@ -270,7 +257,7 @@ def suite(device: str) -> Suite:
         workloads=_cpu_workloads() if on_cpu else _gpu_workloads(),
         candidates=[
             Candidate(OURS, _prepare_ours),
-            *([] if on_cpu else _other_gpu_backends(call)),
+            *([] if on_cpu else other_gpu_backends(OPERATOR, call, _prepare_ours)),
             *peers,
             *(_OURS_IN_OTHER_WAYS if on_cpu else []),
         ],

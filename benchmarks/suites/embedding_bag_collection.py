@@ -37,6 +37,7 @@ from recsys_ops.benchmarks.registry import (
     Target,
     Unsupported,
     Workload,
+    other_gpu_backends,
 )
 from recsys_ops.embedding_bag_collection.api import OPERATOR
 from recsys_ops.embedding_bag_collection.row_quantization import quantize_rows
@@ -285,20 +286,6 @@ def _candidates(device: str) -> list[Candidate]:
     ]
 
 
-def _other_gpu_backends(call: Call) -> list[Candidate]:
-    """Ours by the backends for GPUs that are not chosen on their own."""
-    chosen = OPERATOR.choose(call).backend
-    return [
-        Candidate(
-            f"{OURS} {backend}",
-            functools.partial(_prepare_ours, backend=backend),
-            available=functools.partial(OPERATOR.rejection, backend, call),
-        )
-        for backend in OPERATOR.implementations
-        if backend in ("cuda", "triton") and backend != chosen
-    ]
-
-
 _LARGE = ("forward/*/B512/*", "forward/*/B2048/*")
 _CPU_TARGETS = [
     Target("serve/T26/B1/D64", "FBGEMM TBE", 2.0),
@@ -332,7 +319,7 @@ def suite(device: str) -> Suite:
         workloads=cpu_workloads() if on_cpu else gpu_workloads(),
         candidates=[
             Candidate(OURS, _prepare_ours),
-            *([] if on_cpu else _other_gpu_backends(call)),
+            *([] if on_cpu else other_gpu_backends(OPERATOR, call, _prepare_ours)),
             *_candidates(device),
         ],
         targets=_CPU_TARGETS if on_cpu else _GPU_TARGETS,

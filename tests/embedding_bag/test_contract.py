@@ -2,64 +2,38 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from contract_suite import ContractSuite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recsys_ops
 from recsys_ops.embedding_bag.cases import SPEC, EmbeddingBagCase
-from recsys_ops.testing import (
-    Example,
-    Target,
-    check_forward_backward,
-    check_inputs_untouched,
-    examples,
-    targets,
-)
+from recsys_ops.testing import Target
 
-TARGETS, ABSENT = targets(SPEC.operator)
-COMPILED = [target for target in TARGETS if not target.interpreted]
+SUITE = ContractSuite(SPEC)
 PARTS = 40
 
 
-GROUPS: dict[str, list[Example]] = {}
-for _example in examples(SPEC, TARGETS):
-    _name = f"{_example.check.name}-{_example.subject.name}-{_example.target.backend}"
-    GROUPS.setdefault(_name, []).append(_example)
-
-
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", SUITE.groups)
 def test_contract(group: str) -> None:
     """One check of one subject by one backend, in every precision and at every SIMD level."""
-    results = [example.run() for example in GROUPS[group]]
-    failures = [str(result) for result in results if not result.ok]
-    assert not failures, "\n".join(failures)
+    SUITE.check_group(group)
 
 
 @pytest.mark.parametrize("backend", SPEC.operator.implementations)
 def test_backend_is_present(backend: str) -> None:
-    if backend == "native" and os.environ.get("RECSYS_OPS_BUILD") != "none":
-        assert backend not in ABSENT, ABSENT[backend]
-    if backend in ABSENT:
-        pytest.skip(f"{backend}: {ABSENT[backend]}")
-    assert any(target.backend == backend for target in TARGETS)
+    SUITE.check_presence(backend)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
 def test_exhaustively(part: int) -> None:
-    cases = list(dict.fromkeys(SPEC.exhaustive()))
-    failures = []
-    for case in cases[part::PARTS]:
-        for dtype in SPEC.dtypes:
-            results = [check_forward_backward(SPEC, case, target, dtype) for target in COMPILED]
-            failures += [str(result) for result in results if not result.ok]
-    assert not failures, "\n".join(failures)
+    SUITE.check_part(part, PARTS)
 
 
 @st.composite
@@ -91,27 +65,20 @@ def cases(draw: st.DrawFn) -> EmbeddingBagCase:
     return EmbeddingBagCase(**fields)
 
 
-def check_drawn(case: EmbeddingBagCase, dtype: torch.dtype, seed: int) -> None:
-    for target in COMPILED:
-        for check in (check_forward_backward, check_inputs_untouched):
-            result = check(SPEC, case, target, dtype, seed)
-            assert result.ok, str(result)
-
-
 dtypes, seeds = st.sampled_from(SPEC.dtypes), st.integers(0, 2**16)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(cases(), dtypes, seeds)
 def test_drawn_calls(case: EmbeddingBagCase, dtype: torch.dtype, seed: int) -> None:
-    check_drawn(case, dtype, seed)
+    SUITE.check_drawn(case, dtype, seed)
 
 
 @pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(cases(), dtypes, seeds)
 def test_many_drawn_calls(case: EmbeddingBagCase, dtype: torch.dtype, seed: int) -> None:
-    check_drawn(case, dtype, seed)
+    SUITE.check_drawn(case, dtype, seed)
 
 
 def untouched_zeros(rows: int, dim: int, device: str) -> torch.Tensor:
@@ -121,7 +88,7 @@ def untouched_zeros(rows: int, dim: int, device: str) -> torch.Tensor:
     return torch.zeros(rows, dim, dtype=torch.float16, device=device)
 
 
-@pytest.mark.parametrize("target", COMPILED, ids=str)
+@pytest.mark.parametrize("target", SUITE.compiled, ids=str)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_table_of_more_than_2_to_the_31_elements(target: Target, mode: str) -> None:
     rows, dim = 2**24 + 3, 128
@@ -134,7 +101,7 @@ def test_table_of_more_than_2_to_the_31_elements(target: Target, mode: str) -> N
     assert output[:, -1].tolist() == {"sum": [3, 4], "mean": [3, 2], "max": [3, 3]}[mode]
 
 
-@pytest.mark.parametrize("target", COMPILED, ids=str)
+@pytest.mark.parametrize("target", SUITE.compiled, ids=str)
 def test_sparse_gradient_of_more_than_2_to_the_31_elements(target: Target) -> None:
     rows, dim = 2**24 + 3, 128
     weight = untouched_zeros(rows, dim, target.device).requires_grad_()
