@@ -143,7 +143,7 @@ struct Backward {
     std::vector<const Lookup*> first(tables.size());
     for (const Lookup& lookup : input) {
       STD_TORCH_CHECK(
-          argmax || lookup.mode != Mode::maximum, op, ": expected argmax with lookups by maximum, got None");
+          argmax_or_none || lookup.mode != Mode::maximum, op, ": expected argmax with lookups by maximum, got None");
       const Lookup*& of_table = first[lookup.table];
       of_table = of_table ? of_table : &lookup;
       STD_TORCH_CHECK(

@@ -290,6 +290,7 @@ QUICK = (
     EmbeddingBagCollectionCase(output="bfloat16", weighted=True, halves=(0, 2), dims=(8, 12, 1)),
     EmbeddingBagCollectionCase(lengths=(0,) * 12),
     EmbeddingBagCollectionCase(batch=0),
+    EmbeddingBagCollectionCase("max", batch=0),
     EmbeddingBagCollectionCase("mean", rows=(0, 3, 1), lengths=(0, 0, 4, 1, 2, 2), batch=2),
     EmbeddingBagCollectionCase("mean", quantized="int8", weighted=True, dims=(5, 16, 64)),
     EmbeddingBagCollectionCase(**MIXED, **SHARED, quantized="int4", dims=(2, 16, 34), invalid=True),
