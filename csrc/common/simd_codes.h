@@ -1,5 +1,4 @@
-// Codes of quantised rows, loaded as numbers around zero: as little cancels in sums of them, times
-// their scales, as in sums of the rows.
+// Codes of quantised rows, loaded as the numbers they are.
 #pragma once
 
 #include <type_traits>
@@ -11,10 +10,6 @@ namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL {
 
 template <class T>
 constexpr bool is_code = std::is_same_v<T, Code8> || std::is_same_v<T, Code4> || std::is_same_v<T, Float8>;
-
-// What has been taken off a code.
-template <class T>
-constexpr float center = std::is_same_v<T, Code8> ? 128.0f : std::is_same_v<T, Code4> ? 8.0f : 0.0f;
 
 // Units of memory before a column, and columns left in it: two codes of 4 bits share a byte, so the
 // rows of those are addressed as a whole.
@@ -33,18 +28,16 @@ inline Vector<float, LANES> load(const Code8* from) {
 #if defined(__AVX512F__)
   if constexpr (LANES == 16) {
     const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    const __m128i centered = _mm_xor_si128(narrow, _mm_set1_epi8(static_cast<char>(0x80)));
-    return bit_cast<Vector<float, LANES>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(centered)));
+    return bit_cast<Vector<float, LANES>>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(narrow)));
   }
 #endif
 #if defined(__AVX2__)
   if constexpr (LANES == 8) {
     const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-    const __m128i centered = _mm_xor_si128(narrow, _mm_set1_epi8(static_cast<char>(0x80)));
-    return bit_cast<Vector<float, LANES>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(centered)));
+    return bit_cast<Vector<float, LANES>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(narrow)));
   }
 #endif
-  return __builtin_convertvector(load_raw<LANES>(&from->bits), Vector<float, LANES>) - center<Code8>;
+  return __builtin_convertvector(load_raw<LANES>(&from->bits), Vector<float, LANES>);
 }
 
 // Columns [column, column + LANES) of a row.
@@ -61,21 +54,21 @@ inline Vector<float, LANES> load(const Code4* row, int64_t column) {
     }
     const __m128i low = _mm_and_si128(pairs, _mm_set1_epi8(15));
     const __m128i high = _mm_and_si128(_mm_srli_epi16(pairs, 4), _mm_set1_epi8(15));
-    const __m128i codes = _mm_sub_epi8(_mm_unpacklo_epi8(low, high), _mm_set1_epi8(8));
+    const __m128i codes = _mm_unpacklo_epi8(low, high);
 #if defined(__AVX512F__)
     if constexpr (LANES == 16) {
-      return bit_cast<Vector<float, LANES>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)));
+      return bit_cast<Vector<float, LANES>>(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes)));
     }
 #endif
     if constexpr (LANES == 8) {
-      return bit_cast<Vector<float, LANES>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)));
+      return bit_cast<Vector<float, LANES>>(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(codes)));
     }
   }
 #endif
   Vector<float, LANES> v;
   for (int lane = 0; lane < LANES; ++lane) {
     const int at = static_cast<int>(column + lane);
-    v[lane] = static_cast<float>(row[at / 2].bits >> 4 * (at % 2) & 15) - center<Code4>;
+    v[lane] = static_cast<float>(row[at / 2].bits >> 4 * (at % 2) & 15);
   }
   return v;
 }

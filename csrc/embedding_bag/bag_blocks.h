@@ -77,11 +77,6 @@ struct Entries {
     return good;
   }
 
-  // What a row of codes is moved by, once they are centred and scaled.
-  RECSYS_OPS_INLINE float offset(int64_t index) const {
-    return scales[2 * index + 1] + center<T> * scales[2 * index];
-  }
-
   // Of any index: prefetching a bad address does nothing.
   RECSYS_OPS_INLINE const T* address(const T* from, int64_t index) const {
     return reinterpret_cast<const T*>(
@@ -94,6 +89,17 @@ struct Entries {
       return load<LANES>(row, lane);
     } else {
       return load<LANES>(row + lane * step());
+    }
+  }
+
+  // What is loaded of row `index` as numbers. Codes are scaled and moved one by one: were they summed
+  // first, much would cancel between them and the sum of their rows' offsets.
+  template <class V>
+  RECSYS_OPS_INLINE V decoded(V loaded, int64_t index) const {
+    if constexpr (is_code<T>) {
+      return loaded * scales[2 * index] + scales[2 * index + 1];
+    } else {
+      return loaded;
     }
   }
 
@@ -119,7 +125,6 @@ struct SumBlock {
   void run(int64_t column) const {
     for (int64_t bag = entries.first; bag < entries.last; ++bag) {
       Vector<A, LANES> total[VECTORS] = {};
-      A offset = 0;  // of codes, the same in every column
       int64_t live = 0;
       good &= entries.for_each(
           bag, column, [&](const T* row, const T* ahead, int64_t i, int64_t index) __attribute__((always_inline)) {
@@ -128,20 +133,17 @@ struct SumBlock {
             if constexpr (WEIGHTED) {
               weight = load_as<1, A>(factors.dtype, factors.data, i)[0];
             }
-            if constexpr (is_code<T>) {
-              offset += weight * entries.offset(index);
-              weight *= entries.scales[2 * index];
-            }
             for (int v = 0; v < VECTORS; ++v) {
-              const auto term = entries.template load_at<LANES>(row, column_in_unit<T>(column) + v * LANES);
+              const auto loaded = entries.template load_at<LANES>(row, column_in_unit<T>(column) + v * LANES);
+              const auto term = entries.decoded(loaded, index);
               prefetch_vector<LANES>(ahead, v);
-              total[v] += WEIGHTED || is_code<T> ? term * weight : term;
+              total[v] += WEIGHTED ? term * weight : term;
             }
             entries.template prefetch_rest<LANES * VECTORS>(ahead);
           });
       const A scale = mean && live > 0 ? A{1} / static_cast<A>(live) : A{1};
       for (int v = 0; v < VECTORS; ++v) {
-        store_as<LANES>(out.dtype, out.data, bag * out.stride + column + v * LANES, (total[v] + offset) * scale);
+        store_as<LANES>(out.dtype, out.data, bag * out.stride + column + v * LANES, total[v] * scale);
       }
     }
   }
@@ -169,12 +171,9 @@ struct MaxBlock {
           bag, column, [&](const T* row, const T* ahead, int64_t i, int64_t index) __attribute__((always_inline)) {
             const Positions here = Positions{} + static_cast<IntegerLike<A>>(i - entries.begin(bag));
             const auto candidate = [&](int v) __attribute__((always_inline)) {
-              auto value = entries.template load_at<LANES>(row, column_in_unit<T>(column) + v * LANES);
+              const auto loaded = entries.template load_at<LANES>(row, column_in_unit<T>(column) + v * LANES);
               prefetch_vector<LANES>(ahead, v);
-              if constexpr (is_code<T>) {
-                value = value * entries.scales[2 * index] + entries.offset(index);
-              }
-              return value;
+              return entries.decoded(loaded, index);
             };
             for (int v = 0; empty && v < VECTORS; ++v) {
               best[v] = candidate(v);
