@@ -10,7 +10,7 @@
 #include "../common/simd.h"
 #include "bag_pooling.h"
 #include "bag_tasks.h"
-#include "gradient_pooling.h"
+#include "long_runs.h"
 
 namespace recsys_ops::embedding_bag {
 namespace {
@@ -91,8 +91,7 @@ WeightGradient::WeightGradient(const Gradient& gradient, const Bags& bags)
   }
 }
 
-// To rows [U] and out [U, D], or, without rows, to out [R, D]. Long runs are summed in pieces of
-// fixed size, so that all threads help and the result does not depend on how many there are.
+// To rows [U] and out [U, D], or, without rows, to out [R, D].
 void WeightGradient::write(int64_t* rows, void* to) const {
   dispatch(gradient.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -100,39 +99,25 @@ void WeightGradient::write(int64_t* rows, void* to) const {
     const GradientPooling<T>& pooling = gradient_pooling<T>();
     T* out = static_cast<T*>(to);
     const SortedEntries& entries = sorted.entries;
-    const int64_t* const runs = entries.runs;
-    const int64_t dim = gradient.dim, live = sorted.live();
-    const int64_t tasks = task_count(live * dim);
-    const auto first_run = [&](int64_t task) {
-      return std::lower_bound(runs, runs + touched(), live * task / tasks) - runs;
-    };
+    const int64_t dim = gradient.dim, tasks = task_count(sorted.live() * dim);
     std::atomic<bool> all{true};
     run_tasks(tasks, [&](int64_t task) {
-      if (!pooling.write(gradient, entries, first_run(task), first_run(task + 1), rows, out)) {
+      const int64_t first = first_run(sorted, task, tasks), last = first_run(sorted, task + 1, tasks);
+      if (!pooling.write(gradient, entries, first, last, rows, out)) {
         all.store(false, std::memory_order_relaxed);
       }
     });
-    for (int64_t run = 0; !all && run < touched(); ++run) {
-      const int64_t begin = runs[run], end = runs[run + 1];
-      if (end - begin <= longest_run) {
-        continue;
-      }
-      const int64_t pieces = (end - begin + longest_run - 1) / longest_run;
-      std::unique_ptr<A[]> sums(new A[pieces * dim]);
-      run_tasks(pieces, [&](int64_t piece) {
-        const int64_t first = begin + piece * longest_run;
-        pooling.sum(gradient, entries, first, std::min(first + longest_run, end), sums.get() + piece * dim);
-      });
-      const A scale = gradient.scale<A>(end - begin);
+    if (all) {
+      return;
+    }
+    sum_long_runs<T>(gradient, sorted, true, [&](int64_t run, const A* sum) {
+      const int64_t begin = entries.runs[run];
+      const A scale = gradient.scale<A>(entries.runs[run + 1] - begin);
       T* row = out + (rows ? run : entries.row(begin)) * dim;
       for (int64_t d = 0; d < dim; ++d) {
-        A total = sums[d];
-        for (int64_t piece = 1; piece < pieces; ++piece) {
-          total += sums[piece * dim + d];
-        }
-        recsys_ops::scalar::store<1>(row + d, recsys_ops::scalar::Vector<A, 1>{total * scale});
+        recsys_ops::scalar::store<1>(row + d, recsys_ops::scalar::Vector<A, 1>{sum[d] * scale});
       }
-    }
+    });
   });
 }
 

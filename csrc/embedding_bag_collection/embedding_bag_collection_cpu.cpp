@@ -2,18 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
 
-#include "../common/parallel.h"
 #include "../common/simd.h"
 #include "../embedding_bag/bag_pooling.h"
-#include "../embedding_bag/bag_tasks.h"
-#include "../embedding_bag/gradient_pooling.h"
-#include "../embedding_bag/sorted_bags.h"
+#include "../embedding_bag/long_runs.h"
+#include "lookup_shares.h"
 #include "quantized_pooling.h"
 
 namespace recsys_ops::embedding_bag_collection {
@@ -25,91 +21,6 @@ using embedding_bag::Gradient;
 using embedding_bag::GradientPooling;
 using embedding_bag::SortedBags;
 using embedding_bag::SortedEntries;
-
-std::string text(int64_t value) { return std::to_string(value); }
-
-// Throws for the first value that the contract refuses, in the words of reference.py.
-[[noreturn]] void refuse(const Table* tables, const Input& input) {
-  const Integers &offsets = input.offsets, &values = input.values;
-  const std::string op = "embedding_bag_collection: expected ";
-  if (offsets[0] != 0) {
-    throw std::runtime_error(op + "offsets[0] = 0, got " + text(offsets[0]));
-  }
-  for (int64_t k = 0; k < input.num_lookups; ++k) {
-    const Lookup& lookup = input.lookups[k];
-    const int64_t first = lookup.first_bag, last = first + lookup.num_bags;
-    for (int64_t i = first; i < last; ++i) {
-      if (offsets[i + 1] < offsets[i]) {
-        throw std::runtime_error(
-            op + "offsets that never decrease, got offsets[" + text(i) + "] = " + text(offsets[i]) + ", offsets[" +
-            text(i + 1) + "] = " + text(offsets[i + 1]));
-      }
-    }
-    for (int64_t i : {first, last}) {
-      if (offsets[i] < 0 || offsets[i] > values.size) {
-        throw std::runtime_error(
-            op + "offsets within the " + text(values.size) + " values, got offsets[" + text(i) + "] = " +
-            text(offsets[i]));
-      }
-    }
-    const int64_t rows = tables[lookup.table].rows;
-    for (int64_t i = offsets[first]; i < offsets[last]; ++i) {
-      if (static_cast<uint64_t>(values[i]) >= static_cast<uint64_t>(rows) && !input.drop_invalid) {
-        throw std::runtime_error(
-            op + "values in [0, " + text(rows) + ") for table " + text(lookup.table) + ", got values[" + text(i) +
-            "] = " + text(values[i]));
-      }
-    }
-  }
-  throw std::runtime_error("embedding_bag_collection: values or offsets changed during the call");
-}
-
-// Work on lookups, in units of elements that are read or written.
-class Shares {
- public:
-  Shares(const Table* tables, const Input& input) : input(input), before(input.num_lookups + 1) {
-    for (int64_t k = 0; k < input.num_lookups; ++k) {
-      const Lookup& lookup = input.lookups[k];
-      const int64_t entries = input.offsets[lookup.first_bag + lookup.num_bags] - input.offsets[lookup.first_bag];
-      const int64_t bounded = std::clamp<int64_t>(entries, 0, input.values.size);
-      before[k + 1] = before[k] + (bounded + lookup.num_bags) * std::max<int64_t>(tables[lookup.table].dim, 1);
-    }
-    tasks = task_count(before.back());
-  }
-
-  // Calls f(lookup, first, last) for the bags that a task has of each lookup; f returns whether all
-  // values were good, as does this.
-  template <class F>
-  bool for_each(int64_t task, const F& f) const {
-    const int64_t begin = before.back() * task / tasks, end = before.back() * (task + 1) / tasks;
-    bool good = true;
-    auto from = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
-    for (int64_t k = from; k < input.num_lookups && before[k] < end; ++k) {
-      good &= f(input.lookups[k], first_bag(k, begin), first_bag(k, end));
-    }
-    return good;
-  }
-
-  int64_t tasks;
-
- private:
-  // The first bag of a lookup whose work begins at `at` or after it.
-  int64_t first_bag(int64_t k, int64_t at) const {
-    const Lookup& lookup = input.lookups[k];
-    if (at >= before[k + 1]) {
-      return lookup.num_bags;
-    }
-    if (at <= before[k]) {
-      return 0;
-    }
-    const Bags bags = input.bags(lookup, 0);
-    const double share = static_cast<double>(at - before[k]) / static_cast<double>(before[k + 1] - before[k]);
-    return embedding_bag::bag_at(bags, static_cast<int64_t>(static_cast<double>(embedding_bag::work_of(bags)) * share));
-  }
-
-  const Input& input;
-  std::vector<int64_t> before;
-};
 
 // Calls pool(lookup, table, bags, rows, first, last) for all bags, in parallel.
 template <class F>
@@ -133,37 +44,6 @@ void pool_lookups(const Table* tables, const Input& input, DType dtype, void* ou
   if (!good.load()) {
     refuse(tables, input);
   }
-}
-
-// Whether all values are good, read once in parallel.
-bool all_good(const Table* tables, const Input& input) {
-  std::atomic<bool> good{input.offsets[0] == 0};
-  const Shares shares(tables, input);
-  run_tasks(shares.tasks, [&](int64_t task) {
-    const bool all = shares.for_each(task, [&](const Lookup& lookup, int64_t first, int64_t last) {
-      const Bags bags = input.bags(lookup, tables[lookup.table].rows);
-      bool fine = true;
-      for (int64_t bag = first; bag < last; ++bag) {
-        fine &= bags.well_formed(bag);
-      }
-      if (!fine || input.drop_invalid || first == last) {
-        return fine;
-      }
-      const auto check = [&](const auto* values) {
-        bool valid = true;
-        for (int64_t i = bags.begin(first), end = bags.end(last - 1); i < end; ++i) {
-          valid &= bags.valid(values[i]);
-        }
-        return valid;
-      };
-      return input.values.wide ? check(static_cast<const int64_t*>(input.values.data))
-                               : check(static_cast<const int32_t*>(input.values.data));
-    });
-    if (!all) {
-      good.store(false, std::memory_order_relaxed);
-    }
-  });
-  return good.load();
 }
 
 // Tables whose entries are the same, sorted once for all of them.
@@ -290,32 +170,27 @@ struct Place {
   int64_t stride, bytes;
 };
 
-// Calls f(run, row, sum [D]) for each touched row. Long runs are summed in pieces of fixed size, so
-// that all threads help and the result does not depend on how many there are.
+// Calls f(run, row, sum [D]) for each touched row.
 template <class T, class F>
 void sum_rows(
     const Gradient& gradient, const SortedBags& sorted, int64_t tasks, const std::vector<Place>& places, const F& f) {
   using A = Accumulate<T>;
-  using embedding_bag::longest_run;
   const GradientPooling<T>& pooling = embedding_bag::gradient_pooling<T>();
   const SortedEntries& entries = sorted.entries;
   const int64_t* const runs = entries.runs;
-  const int64_t dim = gradient.dim, live = sorted.live(), touched = sorted.touched();
+  const int64_t dim = gradient.dim;
   const int64_t batch = std::clamp<int64_t>(batch_elements / std::max<int64_t>(dim, 1), 8, most_in_batch);
   int64_t bytes = 1;
   for (const Place& place : places) {
     bytes += place.bytes;
   }
   const int64_t ahead = std::clamp<int64_t>(bytes_on_their_way / bytes, 2, 16);
-  tasks = std::min(tasks, task_count(live * dim));
-  const auto first_run = [&](int64_t task) {
-    return task == tasks ? touched : std::lower_bound(runs, runs + touched, live * task / tasks) - runs;
-  };
+  tasks = std::min(tasks, task_count(sorted.live() * dim));
   std::atomic<bool> all{true};
   run_tasks(tasks, [&](int64_t task) {
     A* const sums = scratch<A>(batch * dim);
-    const int64_t last = first_run(task + 1);
-    for (int64_t first = first_run(task); first < last; first += batch) {
+    const int64_t last = embedding_bag::first_run(sorted, task + 1, tasks);
+    for (int64_t first = embedding_bag::first_run(sorted, task, tasks); first < last; first += batch) {
       const int64_t end = std::min(first + batch, last);
       pooling.sum_runs(gradient, entries, first, end, runs[last], sums);
       for (int64_t run = first; run < end; ++run) {
@@ -323,7 +198,7 @@ void sum_rows(
         for (const Place& place : places) {
           recsys_ops::scalar::prefetch(place.base + later * place.stride, place.bytes);
         }
-        if (runs[run + 1] - runs[run] <= longest_run) {
+        if (runs[run + 1] - runs[run] <= embedding_bag::longest_run) {
           f(run, entries.row(runs[run]), sums + (run - first) * dim);
         } else {
           all.store(false, std::memory_order_relaxed);
@@ -331,28 +206,9 @@ void sum_rows(
       }
     }
   });
-  for (int64_t run = 0; !all && run < touched; ++run) {
-    const int64_t begin = runs[run], end = runs[run + 1];
-    if (end - begin <= longest_run) {
-      continue;
-    }
-    const int64_t pieces = (end - begin + longest_run - 1) / longest_run;
-    std::vector<A> sums(pieces * dim);
-    const auto sum_piece = [&](int64_t piece) {
-      const int64_t first = begin + piece * longest_run;
-      pooling.sum(gradient, entries, first, std::min(first + longest_run, end), sums.data() + piece * dim);
-    };
-    run_tasks(tasks == 1 ? 1 : pieces, [&](int64_t task) {
-      for (int64_t piece = task; piece < (tasks == 1 ? pieces : task + 1); ++piece) {
-        sum_piece(piece);
-      }
-    });
-    for (int64_t piece = 1; piece < pieces; ++piece) {
-      for (int64_t d = 0; d < dim; ++d) {
-        sums[d] += sums[piece * dim + d];
-      }
-    }
-    f(run, entries.row(begin), sums.data());
+  if (!all) {
+    embedding_bag::sum_long_runs<T>(
+        gradient, sorted, tasks > 1, [&](int64_t run, A* sum) { f(run, entries.row(runs[run]), sum); });
   }
 }
 
