@@ -9,7 +9,9 @@
 
 namespace recsys_ops::embedding_bag {
 
-constexpr int64_t prefetch_ahead = 16;  // entries between the one that is read and the one that is fetched
+// Entries between the one that is read and the one that is fetched; their blocks of columns fill less
+// than a first-level cache.
+constexpr int64_t prefetch_ahead = 40;
 
 struct Table {
   DType dtype;
