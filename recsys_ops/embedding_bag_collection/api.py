@@ -191,6 +191,8 @@ def collection(
     if is_eager(backend) and not (needs_grad and (has_max or out is not None)):
         result = _eager_forward(
             weights,
+            None,
+            0,
             values,
             offsets,
             per_sample_weights,
@@ -253,6 +255,22 @@ def quantized_collection(
     backend: str | None = None,
 ) -> Tensor:
     """The lookups of quantised tables, [placement.size]; no gradients."""
+    if is_eager(backend):
+        result = _eager_forward(
+            codes,
+            scales,
+            bits,
+            values,
+            offsets,
+            per_sample_weights,
+            placement.lookups,
+            placement.size,
+            _DTYPE_NUMBERS[dtype],
+            drop_invalid,
+            out,
+        )
+        if result is not None:
+            return result
     if per_sample_weights is not None:
         per_sample_weights = _check_per_sample_weights(per_sample_weights, values, dtype)
     if out is not None:

@@ -171,12 +171,16 @@ class QuantizedEmbeddingBagCollection(PooledCollection):
     @property
     def weights(self) -> list[Tensor]:
         """The tables' codes, in order."""
-        return [table.weight for table in self.embedding_bags.children()]  # type: ignore[misc]
+        return self._buffers_of_tables("weight")
 
     @property
     def scales(self) -> list[Tensor]:
         """Scale and offset of each row, [R, 2] of each table."""
-        return [table.scales for table in self.embedding_bags.children()]  # type: ignore[misc]
+        return self._buffers_of_tables("scales")
+
+    def _buffers_of_tables(self, name: str) -> list[Tensor]:
+        # Past torch.nn.Module.__getattr__, which takes most of a small call.
+        return [table._buffers[name] for table in self.embedding_bags._modules.values()]  # type: ignore[misc]
 
     def lookup(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import recsys_ops
+from recsys_ops.embedding_bag_collection import autograd
 from recsys_ops.embedding_bag_collection.row_quantization import FORMATS, dequantize_rows
 from recsys_ops.nn import EmbeddingBagCollection, QuantizedEmbeddingBagCollection, TableConfig
 
@@ -55,6 +57,25 @@ def largest_errors(weight: Tensor, scales: Tensor, format: str) -> Tensor:
         bound = (scale / 2).expand_as(weight)
     rounding = 4 * torch.finfo(torch.float32).eps * weight.double().abs().amax(1, keepdim=True)
     return bound + rounding
+
+
+@pytest.mark.parametrize("output_dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", FORMATS)
+def test_small_calls_bypass_the_dispatcher(format: str, output_dtype: torch.dtype) -> None:
+    quantized = recsys_ops.quantize(bag_collection("sum", "mean", "sum"), format, output_dtype=output_dtype)
+    asked = recsys_ops.quantize(bag_collection("sum", "mean", "sum"), format, output_dtype=output_dtype)
+    asked.backend = "native"
+    values, offsets = bags(4)
+    weights = torch.rand(len(values), generator=torch.Generator().manual_seed(2))
+    for given in ((values, offsets), (values.int(), offsets.int()), (values, offsets, weights)):
+        expected = asked(*given)
+        out = torch.empty_like(expected)
+        with mock.patch.object(autograd, "KERNELS", {}):
+            assert torch.equal(quantized(*given), expected)
+            assert torch.equal(quantized(*given, out=out), expected)
+            assert torch.equal(out, expected)
+    with mock.patch.object(autograd, "KERNELS", {}), pytest.raises(RuntimeError, match=r"values\[0\] = 1000"):
+        quantized(torch.full_like(values, 1000), offsets)
 
 
 @pytest.mark.parametrize("format", FORMATS)
