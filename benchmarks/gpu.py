@@ -216,6 +216,8 @@ def _run(step: Step, log: Path, end: float) -> str:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Who runs this in a shell's background ignores interrupts, and so would its children.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             return PASSED if process.wait(seconds) == 0 else FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -197,6 +198,15 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.fixture
+def ignoring_interrupts() -> Iterator[None]:
+    """As in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ignoring_interrupts")
 def test_a_part_out_of_time_keeps_what_it_finished(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_RESERVE", 0.0)
     monkeypatch.setattr(gpu, "GRACE", 3.0)
