@@ -1,44 +1,18 @@
 // Compares the kernels of one SIMD level with those of the scalar level, over lengths of rows
-// around every block size. Built and run by test_simd_levels.py, also for machines other than this.
+// around every block size. Built and run by ../test_simd_levels.py, also for machines other than this.
 #include <cmath>
 #include <cstdio>
 #include <limits>
-#include <random>
 #include <vector>
 
-#include "../../csrc/common/simd.h"
 #include "../../csrc/embedding_bag_collection/quantized_pooling.h"
 #include "../../csrc/embedding_bag_collection/row_update.h"
+#include "../simd_levels.h"
 
 using namespace recsys_ops;
 using namespace recsys_ops::embedding_bag_collection;
 
 namespace {
-
-std::mt19937 generator(7);
-int failures = 0;
-
-template <class T>
-T element(double value) {
-  T out;
-  recsys_ops::scalar::store<1>(&out, recsys_ops::scalar::Vector<Accumulate<T>, 1>{static_cast<Accumulate<T>>(value)});
-  return out;
-}
-
-template <class T>
-double number(const T& value) {
-  return recsys_ops::scalar::load<1>(&value)[0];
-}
-
-template <class T>
-std::vector<T> random_elements(int64_t size, double least = -3) {
-  std::normal_distribution<double> normal;
-  std::vector<T> out(size);
-  for (T& value : out) {
-    value = element<T>(std::max(least, normal(generator)));
-  }
-  return out;
-}
 
 template <class T>
 void compare(const char* what, int64_t dim, const std::vector<T>& expected, const std::vector<T>& got, double tolerance) {
