@@ -50,6 +50,19 @@ STABLE_TORCH_LIBRARY(recsys_ops, m) {
       "Tensor grad_output, Tensor? argmax, Tensor values, Tensor offsets, Tensor? per_sample_weights, "
       "Tensor lookups, bool drop_invalid, SymInt optimizer, Tensor hyperparameters, SymInt seed, "
       "bool stochastic_rounding) -> ()");
+  m.def(
+      "hstu_attention_forward(Tensor q, Tensor k, Tensor v, Tensor? query_offsets, Tensor offsets, Tensor? "
+      "row_scale, Tensor? num_contextual, Tensor? num_targets, Tensor? intervals, Tensor? position_weight, Tensor? "
+      "time_weight, Tensor? timestamps, Tensor? boundaries, Tensor? dropout_seed, float scale, float alpha, bool "
+      "causal, SymInt window, SymInt target_group_size, SymInt full_window_tail, bool next_timestamps, float "
+      "dropout) -> Tensor");
+  m.def(
+      "hstu_attention_backward(Tensor(a0!) grad_q, Tensor(a1!) grad_k, Tensor(a2!) grad_v, Tensor grad_output, "
+      "Tensor q, Tensor k, Tensor v, Tensor? query_offsets, Tensor offsets, Tensor? row_scale, Tensor? "
+      "num_contextual, Tensor? num_targets, Tensor? intervals, Tensor? position_weight, Tensor? time_weight, "
+      "Tensor? timestamps, Tensor? boundaries, Tensor? dropout_seed, float scale, float alpha, bool causal, SymInt "
+      "window, SymInt target_group_size, SymInt full_window_tail, bool next_timestamps, float dropout) -> (Tensor, "
+      "Tensor)");
 }
 
 namespace {

@@ -5,11 +5,15 @@ from typing import Any
 from recsys_ops._version import __version__
 
 __all__ = [
+    "HSTUMask",
+    "RelativeBias",
+    "TimeBucketing",
     "__version__",
     "accelerate",
     "embedding_bag",
     "embedding_bag_collection",
     "explain",
+    "hstu_attention",
     "nn",
     "optim",
     "quantize",
@@ -39,3 +43,6 @@ else:
     from recsys_ops.embedding_bag.api import embedding_bag
     from recsys_ops.embedding_bag_collection.api import embedding_bag_collection
     from recsys_ops.embedding_bag_collection.quantization import quantize
+    from recsys_ops.hstu_attention.api import hstu_attention
+    from recsys_ops.hstu_attention.bias import RelativeBias, TimeBucketing
+    from recsys_ops.hstu_attention.masks import HSTUMask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -80,9 +81,13 @@ def is_eager(backend: str | None) -> bool:
 
 
 def _loading(implementation: Implementation, name: str) -> Callable[..., Any]:
-    """The kernel, imported at its first call."""
+    """The kernel, imported at its first call; what it calls itself is not for autocast to change."""
 
     def kernel(*args: Any) -> Any:
-        return getattr(implementation.kernels, name)(*args)
+        with contextlib.ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            return getattr(implementation.kernels, name)(*args)
 
     return kernel

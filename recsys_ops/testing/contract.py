@@ -131,6 +131,8 @@ class OperatorSpec:
         isolations, bad_inputs, mutants: see their classes.
         exhaustive: every combination worth hours of a machine's time.
         dtypes: of the floating-point arguments.
+        eager_depends_on_threads: whether the reference's bits depend on their number, as those of
+            PyTorch's products of matrices do.
         casts_under_autocast: whether floating-point arguments are cast to the dtype of autocast.
     """
 
@@ -151,6 +153,7 @@ class OperatorSpec:
     mutants: tuple[Mutant, ...] = ()
     exhaustive: Callable[[], Iterable[Case]] = tuple
     dtypes: tuple[torch.dtype, ...] = FLOATS
+    eager_depends_on_threads: bool = False
     casts_under_autocast: bool = False
 
     @property
