@@ -63,6 +63,13 @@ STABLE_TORCH_LIBRARY(recsys_ops, m) {
       "Tensor? timestamps, Tensor? boundaries, Tensor? dropout_seed, float scale, float alpha, bool causal, SymInt "
       "window, SymInt target_group_size, SymInt full_window_tail, bool next_timestamps, float dropout) -> (Tensor, "
       "Tensor)");
+  m.def(
+      "hstu_attention_cached_forward(Tensor q, Tensor k, Tensor v, Tensor key_cache, Tensor value_cache, Tensor? "
+      "key_scales, Tensor? value_scales, Tensor? cache_starts, Tensor? page_table, Tensor query_offsets, Tensor "
+      "offsets, Tensor? row_scale, Tensor? num_contextual, Tensor? num_targets, Tensor? intervals, Tensor? "
+      "position_weight, Tensor? time_weight, Tensor? timestamps, Tensor? boundaries, float scale, float alpha, "
+      "bool causal, SymInt window, SymInt target_group_size, SymInt full_window_tail, bool next_timestamps) "
+      "-> Tensor");
 }
 
 namespace {

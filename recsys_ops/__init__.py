@@ -14,9 +14,11 @@ __all__ = [
     "embedding_bag_collection",
     "explain",
     "hstu_attention",
+    "hstu_attention_cached",
     "nn",
     "optim",
     "quantize",
+    "quantize_cache",
     "restore",
     "testing",
     "use_backend",
@@ -45,4 +47,5 @@ else:
     from recsys_ops.embedding_bag_collection.quantization import quantize
     from recsys_ops.hstu_attention.api import hstu_attention
     from recsys_ops.hstu_attention.bias import RelativeBias, TimeBucketing
+    from recsys_ops.hstu_attention.cached import hstu_attention_cached, quantize_cache
     from recsys_ops.hstu_attention.masks import HSTUMask

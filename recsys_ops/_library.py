@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +23,7 @@ def register_kernels(
     implementation: Implementation,
     contract: Iterable[Callable[..., Any]],
     fakes: dict[str, Callable[..., Any]],
-    mutates: dict[str, tuple[str, ...]] | None = None,
+    mutates: Mapping[str, tuple[str, ...]] | None = None,
 ) -> SimpleNamespace | None:
     """The registered kernels of one backend, under the names of ``contract``; None where they are absent.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recsys_ops._library import names_of, register_kernels
+from recsys_ops._library import register_kernels
 from recsys_ops.backends import (
     Call,
     Implementation,
@@ -20,14 +20,21 @@ from recsys_ops.backends import (
     triton_rejects_device,
 )
 from recsys_ops.hstu_attention import autograd, reference
+from recsys_ops.hstu_attention.arguments import (
+    autocast_dtype,
+    bias_tensors,
+    cast,
+    check_tensors,
+    checked_intervals,
+    per_sequence,
+    seed_of,
+    split_scale,
+)
 from recsys_ops.hstu_attention.autograd import FAKES, HSTUAttentionFunction
-from recsys_ops.hstu_attention.bias import RelativeBias, boundaries_of
+from recsys_ops.hstu_attention.bias import RelativeBias
 from recsys_ops.hstu_attention.masks import HSTUMask
-from recsys_ops.hstu_attention.reference import accumulate_type
 
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
-MAX_HEAD_DIM = 256
+NAME = "hstu_attention"
 
 
 def hstu_attention(
@@ -91,17 +98,17 @@ def hstu_attention(
     autocast = autocast_dtype(q.device.type)
     if autocast is not None:
         q, k, v = (cast(t, autocast) for t in (q, k, v))
-    _check_tensors(q, k, v, offsets, query_offsets)
+    check_tensors(NAME, q, k, v, offsets, query_offsets)
     if query_offsets is None and q.shape[0] != k.shape[0]:
         raise ValueError(
-            f"hstu_attention: expected as many rows of q as of k, {k.shape[0]}, without query_offsets, "
+            f"{NAME}: expected as many rows of q as of k, {k.shape[0]}, without query_offsets, "
             f"got {q.shape[0]}"
         )
     if query_offsets is not None:
         query_offsets = query_offsets.contiguous()
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"hstu_attention: expected dropout in [0, 1), got {dropout}")
-    scale, row_scale = _split_scale(scale, q)
+        raise ValueError(f"{NAME}: expected dropout in [0, 1), got {dropout}")
+    scale, row_scale = split_scale(NAME, scale, q)
     arguments = (
         q,
         k,
@@ -109,11 +116,11 @@ def hstu_attention(
         query_offsets,
         offsets.contiguous(),
         row_scale,
-        _per_sequence("num_contextual", mask.num_contextual, offsets),
-        _per_sequence("num_targets", mask.num_targets, offsets),
-        _checked_intervals(mask.intervals, q),
-        *_bias_tensors(bias, q, k, autocast),
-        _seed(dropout, dropout_seed, q),
+        per_sequence(NAME, "num_contextual", mask.num_contextual, offsets),
+        per_sequence(NAME, "num_targets", mask.num_targets, offsets),
+        checked_intervals(NAME, mask.intervals, q),
+        *bias_tensors(NAME, bias, q, k.shape[0], autocast),
+        seed_of(NAME, dropout, dropout_seed, q),
         scale,
         1 / math.sqrt(q.shape[2]) if alpha is None else float(alpha),
         mask.causal,
@@ -123,173 +130,14 @@ def hstu_attention(
         bias is None or bias.next_timestamps,
         float(dropout),
     )
+    return HSTUAttentionFunction.apply(*arguments, choose(q, backend))
+
+
+def choose(q: Tensor, backend: str | None) -> str:
+    """The name of the backend that serves a call."""
     if torch.compiler.is_compiling():
-        backend = choose_while_tracing("hstu_attention", backend, q.device.type, q.dtype)
-    else:
-        backend = OPERATOR.choose(Call(q.device.type, q.dtype), backend).backend
-    return HSTUAttentionFunction.apply(*arguments, backend)
-
-
-def autocast_dtype(device: str) -> torch.dtype | None:
-    """What autocast casts to on a type of device, or None where it is off."""
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast does: fp64 stays."""
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def _refuse_shape(argument: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(f"hstu_attention: expected {argument} of shape {expected}, got {list(tensor.shape)}")
-
-
-def _check_device(argument: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise ValueError(
-            f"hstu_attention: expected {argument} on the device of q, {q.device}, got {tensor.device}"
-        )
-
-
-def _check_integers(argument: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.dtype not in _INTEGERS:
-        raise TypeError(
-            f"hstu_attention: expected {argument} of dtype {names_of(_INTEGERS)}, "
-            f"got {names_of([tensor.dtype])}"
-        )
-    _check_device(argument, tensor, q)
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, query_offsets: Tensor | None) -> None:
-    if q.dim() != 3:
-        raise _refuse_shape("q", "[L, H, Dqk]", q)
-    if q.dtype not in _FLOATS:
-        raise TypeError(f"hstu_attention: expected q of dtype {names_of(_FLOATS)}, got {names_of([q.dtype])}")
-    if k.dim() != 3 or k.shape[1:] != q.shape[1:]:
-        raise _refuse_shape("k", f"[L, {q.shape[1]}, {q.shape[2]}]", k)
-    if v.dim() != 3 or v.shape[:2] != k.shape[:2]:
-        raise _refuse_shape("v", f"[{k.shape[0]}, {q.shape[1]}, Dv]", v)
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != q.dtype:
-            raise TypeError(
-                f"hstu_attention: expected {name} of the dtype of q, {names_of([q.dtype])}, "
-                f"got {names_of([tensor.dtype])}"
-            )
-        _check_device(name, tensor, q)
-    for name, size in (("q", q.shape[2]), ("v", v.shape[2])):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(
-                f"hstu_attention: expected {name} with 1 to {MAX_HEAD_DIM} columns for each head, got {size}"
-            )
-    for name, given in (("offsets", offsets), ("query_offsets", query_offsets)):
-        if given is None:
-            continue
-        if given.dim() != 1 or given.shape[0] == 0 or given.shape != offsets.shape:
-            expected = "[B + 1]" if given is offsets else str(list(offsets.shape))
-            raise _refuse_shape(name, expected, given)
-        _check_integers(name, given, q)
-
-
-def _split_scale(scale: float | Tensor, q: Tensor) -> tuple[float, Tensor | None]:
-    """The factor of all rows, and that of each."""
-    if not isinstance(scale, Tensor):
-        return float(scale), None
-    if scale.shape != q.shape[:1]:
-        raise _refuse_shape("scale", f"[{q.shape[0]}], if not a number", scale)
-    if not scale.is_floating_point():
-        raise TypeError(
-            f"hstu_attention: expected scale of a floating-point dtype, got {names_of([scale.dtype])}"
-        )
-    if scale.requires_grad:
-        raise ValueError("hstu_attention: expected scale without a gradient, got requires_grad=True")
-    _check_device("scale", scale, q)
-    return 1.0, scale.to(accumulate_type(q.dtype)).contiguous()
-
-
-def _per_sequence(argument: str, value: int | Tensor | None, offsets: Tensor) -> Tensor | None:
-    """A number for each sequence, [B]."""
-    if value is None or (isinstance(value, int) and value == 0):
-        return None
-    num_sequences = offsets.shape[0] - 1
-    if not isinstance(value, Tensor):
-        return offsets.new_full((num_sequences,), value)
-    if value.shape != (num_sequences,):
-        raise _refuse_shape(f"mask.{argument}", f"[{num_sequences}]", value)
-    _check_integers(f"mask.{argument}", value, offsets)
-    return value.contiguous()
-
-
-def _checked_intervals(intervals: Tensor | None, q: Tensor) -> Tensor | None:
-    if intervals is None:
-        return None
-    if intervals.dim() != 3 or intervals.shape[0] != q.shape[0] or intervals.shape[2] != 2:
-        raise _refuse_shape("mask.intervals", f"[{q.shape[0]}, R, 2]", intervals)
-    _check_integers("mask.intervals", intervals, q)
-    return intervals.contiguous()
-
-
-def _bias_tensors(
-    bias: RelativeBias | None, q: Tensor, k: Tensor, autocast: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The weights [1 or H, P] and [1 or H, T], timestamps, and boundaries of buckets."""
-    if bias is None:
-        return None, None, None, None
-    position = _weights("position_weight", bias.position_weight, q, autocast)
-    if position is not None and position.shape[1] % 2 == 0:
-        raise ValueError(
-            "hstu_attention: expected bias.position_weight with an odd number of distances, "
-            f"got {position.shape[1]}"
-        )
-    time = _weights("time_weight", bias.time_weight, q, autocast)
-    if time is None or bias.timestamps is None:
-        return position, None, None, None
-    if bias.timestamps.shape != k.shape[:1]:
-        raise _refuse_shape("bias.timestamps", f"[{k.shape[0]}]", bias.timestamps)
-    _check_integers("bias.timestamps", bias.timestamps, q)
-    boundaries = boundaries_of(bias.bucketing, time.shape[1], q.device)
-    if boundaries.shape != (time.shape[1] - 1,):
-        raise _refuse_shape("bias.bucketing", f"[{time.shape[1] - 1}]", boundaries)
-    _check_device("bias.bucketing", boundaries, q)
-    return position, time, bias.timestamps.long().contiguous(), boundaries
-
-
-def _weights(argument: str, weight: Tensor | None, q: Tensor, autocast: torch.dtype | None) -> Tensor | None:
-    if weight is None:
-        return None
-    heads = q.shape[1]
-    if (
-        weight.dim() not in (1, 2)
-        or (weight.dim() == 2 and weight.shape[0] != heads)
-        or weight.shape[-1] == 0
-    ):
-        raise _refuse_shape(f"bias.{argument}", f"[buckets] or [{heads}, buckets]", weight)
-    if not weight.is_floating_point():
-        raise TypeError(
-            f"hstu_attention: expected bias.{argument} of a floating-point dtype, "
-            f"got {names_of([weight.dtype])}"
-        )
-    _check_device(f"bias.{argument}", weight, q)
-    if autocast is not None:
-        weight = cast(weight, autocast)
-    weight = weight if weight.dim() == 2 else weight[None]
-    return weight.to(accumulate_type(q.dtype)).contiguous()
-
-
-def _seed(dropout: float, seed: int | Tensor | None, q: Tensor) -> Tensor | None:
-    if dropout == 0.0:
-        return None
-    if seed is None:
-        return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=q.device)
-    if not isinstance(seed, Tensor):
-        return torch.tensor([seed], dtype=torch.int64, device=q.device)
-    if seed.shape != (1,):
-        raise _refuse_shape("dropout_seed", "[1]", seed)
-    if seed.dtype != torch.int64:
-        raise TypeError(f"hstu_attention: expected dropout_seed of dtype int64, got {names_of([seed.dtype])}")
-    _check_device("dropout_seed", seed, q)
-    return seed
+        return choose_while_tracing(NAME, backend, q.device.type, q.dtype)
+    return OPERATOR.choose(Call(q.device.type, q.dtype), backend).backend
 
 
 def _describe(q: Tensor, *args: Any, **kwargs: Any) -> Call:
@@ -301,7 +149,7 @@ def _triton_rejects(call: Call) -> str | None:
 
 
 OPERATOR = Operator(
-    "hstu_attention",
+    NAME,
     [
         Implementation("reference", lambda: reference, lambda call: None),
         Implementation("native", lambda: autograd.KERNELS["native"], native_rejects("q is")),

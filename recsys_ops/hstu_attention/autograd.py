@@ -101,7 +101,11 @@ class HSTUAttentionFunction(torch.autograd.Function):
 
     forward = staticmethod(_attend)
     setup_context = staticmethod(_setup)
-    backward = staticmethod(once_differentiable(_backward))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return _backward(ctx, *grad_outputs)
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -118,6 +122,7 @@ def _fake_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, *rest: Any) -
 FAKES: dict[str, Callable[..., Any]] = {
     "hstu_attention_forward": _fake_forward,
     "hstu_attention_backward": _fake_backward,
+    "hstu_attention_cached_forward": _fake_forward,
 }
 
 # The attention as one differentiable operator, for callers of torch.ops. Its arguments are those of

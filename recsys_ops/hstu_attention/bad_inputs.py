@@ -65,7 +65,7 @@ def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
             ),
         )
 
-    biased = {"position": "shared", "time": "shared"}
+    biased: Any = {"position": "shared", "time": "shared"}
     return (
         bad("q of two dimensions", r"q of shape \[L, H, Dqk\], got \[8, 4\]", q=lambda d: d.normal(8, 4)),
         bad("q of integers", "q of dtype .* got int64", TypeError, q=torch.ones(8, 2, 4).long()),

@@ -16,6 +16,7 @@ from recsys_ops.hstu_attention.api import OPERATOR, hstu_attention
 from recsys_ops.hstu_attention.autograd import KERNELS
 from recsys_ops.hstu_attention.bad_inputs import bad_inputs
 from recsys_ops.hstu_attention.bias import RelativeBias, boundaries_of
+from recsys_ops.hstu_attention.cached import hstu_attention_cached, quantize_cache
 from recsys_ops.hstu_attention.masks import HSTUMask
 from recsys_ops.hstu_attention.mutants import MUTANTS
 from recsys_ops.testing import Case, Inputs, Isolation, OperatorSpec
@@ -23,6 +24,8 @@ from recsys_ops.testing import Case, Inputs, Isolation, OperatorSpec
 Arguments = dict[str, Any]
 Cotangents = tuple[Tensor | None, ...]
 Fields = dict[str, Any]
+
+PAGE = 4  # rows of one
 
 
 def run(
@@ -50,20 +53,16 @@ def run(
         full_window_tail=case.tail,
         **masks,
     )
-    return hstu_attention(
-        q,
-        k,
-        v,
-        offsets,
-        scale=scale,
-        mask=mask,
-        bias=RelativeBias(**bias, bucketing=case.bucketing, next_timestamps=not case.own_times)
-        if bias
-        else None,
-        dropout=case.dropout,
-        backend=backend,
-        **optional,
-    )
+    relative = None
+    if bias:
+        relative = RelativeBias(**bias, bucketing=case.bucketing, next_timestamps=not case.own_times)
+    options: Any = {"scale": scale, "mask": mask, "bias": relative, "backend": backend, **optional}
+    if not case.cached:
+        return hstu_attention(q, k, v, offsets, dropout=case.dropout, **options)
+    for name in ("key_cache", "value_cache"):
+        if case.quantized == "fp8":
+            options[name] = options[name].view(torch.float8_e4m3fn)
+    return hstu_attention_cached(q, k, v, offsets, **options)
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,8 @@ class HSTUAttentionCase(Case):
     row_scales: bool = False
     dropout: float = 0.0
     queries: int | str = ""  # the last of each sequence, or "targets"
+    cached: str = ""  # all but the queries: "packed", "slots" or "paged"
+    quantized: str = ""  # or "int8" or "fp8"
     wide_offsets: bool = True
 
     def build(self, draw: Inputs) -> Arguments:
@@ -137,12 +138,61 @@ class HSTUAttentionCase(Case):
         if self.row_scales:
             factors = torch.rand(sum(rows), generator=draw.generator) + 0.5
             arguments["scale"] = (scale * factors).to(device)
-        return arguments
+        return self._cached(draw, arguments, rows) if self.cached else arguments
 
     @property
     def differentiable(self) -> tuple[str, ...]:
+        if self.cached:
+            return ()
         tables = (("position_weight",) if self.position else ()) + (("time_weight",) if self.time else ())
         return ("q", "k", "v", *tables)
+
+    def _cached(self, draw: Inputs, arguments: Arguments, rows: list[int]) -> Arguments:
+        """The arguments where all tokens but the last of each sequence are in a cache, NaN in its gaps."""
+        cached = [n - m for n, m in zip(self.lengths, rows, strict=True)]
+        tokens, last = list(range(sum(self.lengths))), []
+        places: list[tuple[int, int]] = []  # in the cache, and among all tokens
+        start = 0
+        longest = max(cached, default=0) + 2
+        num_pages = sum(-(-n // PAGE) for n in cached) + 2
+        pages = torch.randperm(num_pages, generator=draw.generator).tolist()
+        table = torch.full((len(cached), -(-longest // PAGE)), -1)
+        for b, (n, m) in enumerate(zip(cached, rows, strict=True)):
+            for i in range(-(-n // PAGE)):
+                table[b, i] = pages.pop()
+            first = {"packed": len(places), "slots": b * longest, "paged": 0}[self.cached]
+            own = [first + j for j in range(n)]
+            if self.cached == "paged":
+                own = [int(table[b, j // PAGE]) * PAGE + j % PAGE for j in range(n)]
+            places += zip(own, tokens[start : start + n], strict=True)
+            last += tokens[start + n : start + n + m]
+            start += n + m
+        integers = torch.int64 if self.wide_offsets else torch.int32
+        into, token = (torch.tensor([pair[i] for pair in places], dtype=torch.int64) for i in range(2))
+        arguments["offsets"] = arguments.pop("query_offsets")
+        arguments["cache_lengths"] = torch.tensor(cached, dtype=integers, device=draw.device)
+        if self.cached == "slots":
+            starts = torch.arange(len(cached)) * longest
+            arguments["cache_starts"] = starts.to(draw.device, integers)
+        if self.cached == "paged":
+            arguments["page_table"] = table.to(draw.device, integers)
+        num_rows = {"packed": len(places), "slots": longest * len(cached), "paged": PAGE * num_pages}[
+            self.cached
+        ]
+        for name, long in (("k", "key"), ("v", "value")):
+            full = arguments[name]
+            arguments[name] = full[torch.tensor(last, dtype=torch.int64)]
+            cache = full.new_full((num_rows, *full.shape[1:]), torch.nan)
+            cache[into] = full[token]
+            leading = (-1, PAGE) if self.cached == "paged" else (-1,)
+            if self.quantized:
+                # Of magnitudes; signs are the scales', so that sums of magnitudes are what they should be.
+                codes, scales = quantize_cache(cache.abs(), self.quantized)
+                signs = torch.randint(2, scales.shape, generator=draw.generator).to(draw.device) * 2 - 1
+                arguments[f"{long}_scales"] = (scales * signs).view(*leading, self.heads)
+                cache = codes.view(torch.int8) if self.quantized == "fp8" else codes
+            arguments[f"{long}_cache"] = cache.view(*leading, *full.shape[1:])
+        return arguments
 
     def _of_each(self, count: int | tuple[int, ...]) -> list[int]:
         return [min(count, n) for n in self.lengths] if isinstance(count, int) else list(count)
@@ -243,6 +293,9 @@ QUICK = (
     HSTUAttentionCase(lengths=(130, 7), dropout=0.3, dim=4, wide_offsets=False, targets=3),
     HSTUAttentionCase(lengths=(90, 0, 5), targets=(11, 0, 5), queries="targets", time="shared", group=4),
     HSTUAttentionCase(lengths=(40, 3, 9), queries=4, causal=False, contextual=(5, 1, 0), intervals=1),
+    HSTUAttentionCase(lengths=(40, 3, 9, 70), queries=6, cached="packed", targets=2, dim=25),
+    HSTUAttentionCase(lengths=(40, 3, 9, 0), queries=6, cached="slots", quantized="fp8", causal=False),
+    HSTUAttentionCase(lengths=(40, 3, 9, 70), queries=5, cached="paged", quantized="int8", **ALL_OF_IT),
     HSTUAttentionCase(lengths=(0, 0)),
     HSTUAttentionCase(lengths=()),
 )
@@ -263,6 +316,14 @@ CASES = (
         for fields in ({}, {**ALL_OF_IT, "queries": 9})
     ),
     *(HSTUAttentionCase(lengths=(50, 0, 9), queries=m, **ALL_OF_IT) for m in (0, 1, 7, 50)),
+    *(
+        HSTUAttentionCase(
+            lengths=(50, 0, 9, 1, 33), queries=m, cached=kind, quantized=codes, wide_offsets=m > 1, **fields
+        )
+        for m in (0, 1, 10)
+        for kind, codes in (("packed", "int8"), ("slots", ""), ("paged", ""), ("paged", "fp8"))
+        for fields in ({"dim": 16, "value_dim": 33}, {**ALL_OF_IT, "row_scales": True})
+    ),
     HSTUAttentionCase(lengths=(20, 6, 3), targets=(20, 6, 3), contextual=4),  # nothing but targets
     HSTUAttentionCase(lengths=(20, 6, 3), contextual=(20, 6, 3), window=2),  # nothing but the prefix
     HSTUAttentionCase(lengths=(30, 6), targets=9, group=100, causal=False, window=1),
@@ -293,7 +354,7 @@ def _exhaustive() -> Iterable[HSTUAttentionCase]:
 
 def _of_sequence(arguments: Arguments, name: str, number: int) -> tuple[slice, Tensor]:
     """The rows of q (or k) of one sequence, and a mask of them, [L, 1, 1]."""
-    offsets = arguments.get("query_offsets", arguments["offsets"]) if name == "q" else arguments["offsets"]
+    offsets = arguments["query_offsets" if name == "q" and "query_offsets" in arguments else "offsets"]
     rows = slice(int(offsets[number]), int(offsets[number + 1]))
     mask = torch.zeros(len(arguments[name]), 1, 1, dtype=torch.bool, device=arguments[name].device)
     mask[rows] = True
@@ -384,6 +445,10 @@ SPEC = OperatorSpec(
             lengths=(4, 0, 3), dim=3, value_dim=2, **{**ALL_OF_IT, "distances": 5, "buckets": 4}
         ),
         HSTUAttentionCase(lengths=(5, 2), dim=2, causal=False, dropout=0.3, row_scales=True, queries=2),
+    ),
+    mutating=(
+        HSTUAttentionCase(lengths=(20, 5), queries=3, cached="paged", quantized="int8"),
+        HSTUAttentionCase(lengths=(20, 5), queries=3, cached="packed", time="shared"),
     ),
     typical=(
         HSTUAttentionCase(position="shared", time="heads", targets=2),

@@ -154,7 +154,8 @@ def _round_per_block(a: SimpleNamespace) -> None:
     """dq summed in the type of q, rounded after each block of keys."""
     total = torch.zeros_like(a.grad_q)
     parts = reference.Mask.seen
-    arguments = {n: x for n, x in vars(a).items() if not n.startswith("grad_")}
+    backward: Any = reference.hstu_attention_backward
+    arguments = {name: value for name, value in vars(a).items() if name not in reference.MUTATES[BACKWARD]}
     longest = int(a.offsets.diff().max()) if len(a.offsets) > 1 else 0
     for first in range(0, longest, BLOCK):
 
@@ -168,7 +169,7 @@ def _round_per_block(a: SimpleNamespace) -> None:
 
         grads = [torch.empty_like(t) for t in (a.grad_q, a.grad_k, a.grad_v)]
         with mock.patch.object(reference.Mask, "seen", of_block):
-            reference.hstu_attention_backward(*grads, a.grad_output, **arguments)
+            backward(*grads, **arguments)
         half = torch.bfloat16 if a.grad_q.dtype == torch.float32 else a.grad_q.dtype
         total = (total + grads[0]).to(half).to(a.grad_q.dtype)
     a.grad_q.copy_(total)
@@ -221,8 +222,8 @@ def _reaching_all(output: Tensor, a: SimpleNamespace) -> Tensor:
     return output + 0 * a.v.sum()
 
 
-def _unchecked(a: SimpleNamespace) -> Tensor:
-    return a.num_targets.clamp(min=0).minimum(a.offsets.diff()) if a.num_targets is not None else None
+def _unchecked(a: SimpleNamespace) -> Tensor | None:
+    return None if a.num_targets is None else a.num_targets.clamp(min=0).minimum(a.offsets.diff())
 
 
 def _mutant(name: str, override: Override, caught_by: str = "forward_backward") -> Mutant:

@@ -19,6 +19,16 @@ names with these arguments, and the registered operators carry these schemas.
     dropout_seed     [1]         int64, or None for no dropout
     window           the most distant key seen, or 0 for all
 
+    key_cache        [R, H, D]   rows of all sequences, or with page_table [pages, page_size, H, D]; dtype
+                                 of q, or int8 or float8_e4m3fn codes; any strides
+    value_cache      [R, H, V]   or [pages, page_size, H, V], likewise
+    key_scales       [R, H]      or [pages, page_size, H]; fp32 (fp64 with fp64), contiguous: what rows of
+                                 the cache are multiplied by, or None
+    value_scales     [R, H]      likewise
+    cache_starts     [B]         int32 or int64, contiguous: where each sequence starts in the cache; or
+    page_table       [B, P]      int32 or int64, contiguous: of each sequence, the pages that follow each
+                                 other; entries past those that it needs may be anything
+
 A sequence has n tokens, of which q holds the last m <= n. Row i of a sequence gets, for each head,
 
     O_i = scale_i * sum over seen j of dropped(silu(alpha * q_i . k_j + bias_ij)) * v_j
@@ -129,6 +139,134 @@ def hstu_attention_backward(
         if time_weight is not None:
             add_to_buckets(grad_time, bias.times(sequence), grad_scores)
     return grad_position, grad_time
+
+
+def hstu_attention_cached_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    key_scales: Tensor | None,
+    value_scales: Tensor | None,
+    cache_starts: Tensor | None,
+    page_table: Tensor | None,
+    query_offsets: Tensor,
+    offsets: Tensor,
+    row_scale: Tensor | None,
+    num_contextual: Tensor | None,
+    num_targets: Tensor | None,
+    intervals: Tensor | None,
+    position_weight: Tensor | None,
+    time_weight: Tensor | None,
+    timestamps: Tensor | None,
+    boundaries: Tensor | None,
+    scale: float,
+    alpha: float,
+    causal: bool,
+    window: int,
+    target_group_size: int,
+    full_window_tail: int,
+    next_timestamps: bool,
+) -> Tensor:
+    """Attention of new tokens to those in a cache and to each other, [M, H, V], contiguous.
+
+    k and v have the new tokens, [M, H, ...], which are the last of each sequence; ``offsets`` and
+    ``timestamps`` are those of all its tokens, the cached ones first. The same bits come out as from
+    the forward of all tokens, whose products have the same shapes.
+    """
+    check_offsets("offsets", query_offsets, len(q))
+    starts, ends = query_offsets.tolist(), offsets.tolist()
+    page_size = 1
+    if page_table is not None:
+        page_size = key_cache.shape[1]
+        key_cache, value_cache = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+        key_scales, value_scales = (s if s is None else s.flatten(0, 1) for s in (key_scales, value_scales))
+    rows = torch.empty(ends[-1], dtype=torch.int64, device=q.device)  # of the cache, or R + of the new
+    is_new = torch.zeros(ends[-1], dtype=torch.bool, device=q.device)
+    for b in range(len(starts) - 1):
+        new = starts[b + 1] - starts[b]
+        cached = ends[b + 1] - ends[b] - new
+        if cached < 0:
+            raise RuntimeError(
+                "hstu_attention_cached: expected cache_lengths of at least 0, "
+                f"got cache_lengths[{b}] = {cached}"
+            )
+        place = torch.arange(cached, device=q.device)
+        if page_table is not None:
+            pages = check_pages(page_table[b], b, cached, page_size, len(key_cache))
+            place = pages[place // page_size] * page_size + place % page_size
+        elif cache_starts is not None:
+            place = place + check_start(int(cache_starts[b]), b, cached, len(key_cache))
+        rows[ends[b] : ends[b] + cached] = place
+        rows[ends[b] + cached : ends[b + 1]] = torch.arange(
+            len(key_cache) + starts[b], len(key_cache) + starts[b + 1], device=q.device
+        )
+        is_new[ends[b] + cached : ends[b + 1]] = True
+    output = hstu_attention_forward(
+        _spread(q, is_new),
+        torch.cat([dequantize(key_cache, key_scales, q.dtype), k])[rows],
+        torch.cat([dequantize(value_cache, value_scales, q.dtype), v])[rows],
+        None,
+        offsets,
+        None if row_scale is None else _spread(row_scale, is_new),
+        num_contextual,
+        num_targets,
+        None if intervals is None else _spread(intervals, is_new),
+        position_weight,
+        time_weight,
+        timestamps,
+        boundaries,
+        None,
+        scale,
+        alpha,
+        causal,
+        window,
+        target_group_size,
+        full_window_tail,
+        next_timestamps,
+        0.0,
+    )
+    return output[is_new]
+
+
+def dequantize(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The rows of a cache, in the dtype of q, to which products of codes and scales are rounded."""
+    if scales is None:
+        return cache.to(dtype)
+    return (cache.to(scales.dtype) * scales[:, :, None]).to(dtype)
+
+
+def check_pages(pages: Tensor, sequence: int, cached: int, page_size: int, num_rows: int) -> Tensor:
+    """The pages of a sequence, int64; raises RuntimeError unless they are there."""
+    wanted = -(-cached // page_size)
+    if wanted > len(pages):
+        raise RuntimeError(
+            f"hstu_attention_cached: expected at most {len(pages) * page_size} cached tokens, as many as "
+            f"page_table has room for, got {cached} in sequence {sequence}"
+        )
+    for i, page in enumerate(pages[:wanted].tolist()):
+        if not 0 <= page < num_rows // page_size:
+            raise RuntimeError(
+                f"hstu_attention_cached: expected page_table[{sequence}, {i}] in "
+                f"[0, {num_rows // page_size}), got {page}"
+            )
+    return pages.long()
+
+
+def check_start(start: int, sequence: int, cached: int, num_rows: int) -> int:
+    """Where the rows of a sequence start; raises RuntimeError unless all are there."""
+    if start < 0 or start + cached > num_rows:
+        raise RuntimeError(
+            f"hstu_attention_cached: expected the {cached} cached tokens of sequence {sequence} within the "
+            f"{num_rows} rows of the cache, got cache_starts[{sequence}] = {start}"
+        )
+    return start
+
+
+def _spread(tensor: Tensor, is_new: Tensor) -> Tensor:
+    """What is given of new tokens, at their places among all; 0 elsewhere."""
+    return tensor.new_zeros(len(is_new), *tensor.shape[1:]).index_put_((is_new,), tensor)
 
 
 class Sequence(NamedTuple):
