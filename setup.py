@@ -60,6 +60,7 @@ SIMD_SOURCES = [
     "csrc/embedding_bag/gradient_pooling.cpp",
     "csrc/embedding_bag_collection/quantized_pooling.cpp",
     "csrc/embedding_bag_collection/row_update.cpp",
+    "csrc/hstu_attention/attention_tasks.cpp",
 ]
 
 

@@ -40,6 +40,23 @@ inline Vector<float, LANES> load(const Code8* from) {
   return __builtin_convertvector(load_raw<LANES>(&from->bits), Vector<float, LANES>);
 }
 
+template <int LANES>
+inline Vector<float, LANES> load(const int8_t* from) {
+#if defined(__AVX512F__)
+  if constexpr (LANES == 16) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return bit_cast<Vector<float, LANES>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (LANES == 8) {
+    const __m128i narrow = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+    return bit_cast<Vector<float, LANES>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(narrow)));
+  }
+#endif
+  return __builtin_convertvector(load_raw<LANES>(from), Vector<float, LANES>);
+}
+
 // Columns [column, column + LANES) of a row.
 template <int LANES>
 inline Vector<float, LANES> load(const Code4* row, int64_t column) {

@@ -440,7 +440,7 @@ class Scores:
         if dropout_seed is not None:
             rows = torch.arange(sequence.rows.start, sequence.rows.stop, device=q.device)
             kept = philox.kept(dropout_seed, dropout, rows, q.shape[1], len(k))
-            self.factor = kept / (1 - dropout)
+            self.factor = kept.to(self.scores.dtype) / (1 - dropout)
 
     @property
     def rounded_weights(self) -> Tensor:

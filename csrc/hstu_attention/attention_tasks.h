@@ -1,0 +1,51 @@
+// Attention of one head of one sequence, block by block: one set of kernels per SIMD level.
+#pragma once
+
+#include <vector>
+
+#include "../common/simd_level.h"
+#include "attention.h"
+
+namespace recsys_ops::hstu_attention {
+
+constexpr int64_t row_block = 128;  // rows of q that a forward task takes
+constexpr int64_t key_block = 64;   // keys whose scores are held at once
+
+// The rows [first, last) of a sequence's queries, or backward the keys, of one head.
+struct Task {
+  const Sequence* sequence;
+  int64_t head, first, last;
+  double cost;
+};
+
+// What tasks of one thread need, kept from one to the next.
+using Scratch = std::vector<char>;
+
+// What the backward writes, and what its tasks add up before.
+struct Gradients {
+  Tensor3 grad_output;
+  Tensor3 q, k, v;  // written
+  Weights position, time;
+};
+
+// What one backward task leaves for others to add up, in the type that sums are formed in.
+struct Parts {
+  void* grad_q;    // [m, D] where other tasks have the same queries, or null
+  void* position;  // [first_distance ... last], or null
+  int64_t first_distance, num_distances;
+  void* time;  // [T] or null
+};
+
+template <class A>
+struct AttentionTasks {
+  // Writes output [M, H, V], contiguous.
+  void (*forward)(const Attention& attention, const Task& task, void* output, Scratch& scratch);
+
+  // Writes the gradients of the task's keys, and of q unless parts.grad_q takes them.
+  void (*backward)(
+      const Attention& attention, const Gradients& gradients, const Task& task, const Parts& parts, Scratch& scratch);
+};
+
+RECSYS_OPS_DECLARE_FOR_LEVELS(AttentionTasks, attention_tasks)
+
+}  // namespace recsys_ops::hstu_attention
