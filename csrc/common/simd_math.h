@@ -1,13 +1,31 @@
 // Arithmetic that the compiler's vectors lack; included by sources compiled once per SIMD level.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL {
 
+// GCC 12 fills a vector of 16 lanes one by one.
 template <int LANES, class A>
 RECSYS_OPS_INLINE Vector<A, LANES> broadcast(A value) {
-  Vector<A, LANES> v;
+  using V [[maybe_unused]] = Vector<A, LANES>;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64 && std::is_same_v<A, float>) {
+    return bit_cast<V>(_mm512_set1_ps(value));
+  } else if constexpr (sizeof(V) == 64 && sizeof(A) == 4) {
+    return bit_cast<V>(_mm512_set1_epi32(static_cast<int>(value)));
+  }
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32 && std::is_same_v<A, float>) {
+    return bit_cast<V>(_mm256_set1_ps(value));
+  } else if constexpr (sizeof(V) == 32 && sizeof(A) == 4) {
+    return bit_cast<V>(_mm256_set1_epi32(static_cast<int>(value)));
+  }
+#endif
+  V v;
   for (int lane = 0; lane < LANES; ++lane) {
     v[lane] = value;
   }

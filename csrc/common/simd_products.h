@@ -32,15 +32,21 @@ RECSYS_OPS_INLINE void multiply_tile(
       sum[m][v] = add ? load<lanes>(c + m * c_stride + v * lanes) : V{};
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
+  const int64_t row = LEFT == Left::by_row ? a_stride : 1, step = LEFT == Left::by_row ? 1 : a_stride;
+  const A* of_row[ROWS];
+#pragma GCC unroll 8
+  for (int m = 0; m < ROWS; ++m) {
+    of_row[m] = a + m * row;
+  }
+  for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     V right[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
-      right[v] = load<lanes>(b + k * b_stride + v * lanes);
+      right[v] = load<lanes>(b + v * lanes);
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
-      const V left = broadcast<lanes>(LEFT == Left::by_row ? a[m * a_stride + k] : a[k * a_stride + m]);
+      const V left = broadcast<lanes>(of_row[m][k * step]);
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
         sum[m][v] = multiply_add<lanes, A>(left, right[v], sum[m][v]);
