@@ -53,127 +53,221 @@ void with_memory(Scratch& scratch, const F& f) {
   f([&](auto*& piece, int64_t count) { piece = pieces.take<std::remove_reference_t<decltype(*piece)>>(count); });
 }
 
-// What is the same for all rows and keys of a task.
+// The weights of the bias as a task meets them: those that its heads share, and those of each.
 template <class A>
-struct Head {
+struct Biases {
+  static constexpr int lanes = full_lanes<A>, stride = group_rows<A>;
+  using V = Vector<A, lanes>;
+
   const Attention& attention;
   const Sequence& sequence;
-  const int64_t head;
-  const A* time;                           // weights, or null
-  const ReversedWeights<A>* position;      // or null
-  const ReversedWeights<A>* position_sum;  // of gradients, or null
-  A* time_sum;                             // [T, lanes], or null
+  const int64_t first_head, num_heads;
+  const bool is_placed = attention.position.data, is_timed = attention.time.data;
+  const bool shares_position = is_placed && attention.position.heads == 1;
+  const bool shares_time = is_timed && attention.time.heads == 1;
+  const int64_t memory = is_placed ? ReversedWeights<A>::memory(reach()) : 0;
+
+  A* positions;   // [1 or heads, memory], weights
+  A* shared;      // [key_block, stride], what all heads add to their scores
+  int32_t* buckets;  // [key_block, stride], of time, unless the weights are shared
+
+  // Backward only:
+  A* position_sums;  // [1 or heads, memory]
+  A* time_sums;      // [1 or heads, T, lanes]
+  A* shared_sums;    // [key_block, stride], gradients of what all heads add
+
+  bool has_shared() const { return shares_position || shares_time; }
+  bool has_any() const { return is_placed || is_timed; }
+  int64_t reach() const { return ReversedWeights<A>::reach(attention.position, sequence.length); }
+  int64_t position_tables() const { return !is_placed ? 0 : shares_position ? 1 : num_heads; }
+  int64_t time_tables() const { return !is_timed ? 0 : shares_time ? 1 : num_heads; }
+
+  template <class Take>
+  void take_memory(const Take& take, bool is_backward) {
+    take(positions, position_tables() * memory);
+    take(shared, has_shared() ? key_block * stride : 0);
+    take(buckets, is_timed && !shares_time ? key_block * stride : 0);
+    if (is_backward) {
+      take(position_sums, position_tables() * memory);
+      take(time_sums, time_tables() * attention.time.size * lanes);
+      take(shared_sums, has_shared() ? key_block * stride : 0);
+    }
+  }
+
+  void prepare(bool is_backward) {
+    for (int64_t table = 0; table < position_tables(); ++table) {
+      position(table).load_head(attention.position, first_head + table);
+      if (is_backward) {
+        position_sum(table).zero();
+      }
+    }
+    if (is_backward) {
+      std::fill(time_sums, time_sums + time_tables() * attention.time.size * lanes, A{0});
+    }
+  }
+
+  ReversedWeights<A> position(int64_t table) const {
+    return {attention.position, sequence.length, positions + table * memory};
+  }
+  ReversedWeights<A> position_sum(int64_t table) const {
+    return {attention.position, sequence.length, position_sums + table * memory};
+  }
+  const A* time(int64_t table) const {
+    return static_cast<const A*>(attention.time.data) + (shares_time ? 0 : first_head + table) * attention.time.size;
+  }
+  A* time_sum(int64_t table) const { return time_sums + table * attention.time.size * lanes; }
+
+  TimeBuckets<A> buckets_of(RowVector<A>& rows, int64_t key) const {
+    return {attention, rows, attention.timestamps[sequence.first_token + key]};
+  }
+
+  // What depends on rows and keys only: to shared and buckets of the keys, at `to`.
+  void meet(RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t to) const {
+    for (int64_t i = 0; i < keys; ++i) {
+      V bias{};
+      if (shares_position) {
+        bias = position_weights(position(0), rows, first_key + i);
+      }
+      if (is_timed) {
+        const TimeBuckets<A> of_key = buckets_of(rows, first_key + i);
+        if (shares_time) {
+          bias += of_key.weights(time(0));
+        } else {
+          const auto numbers = of_key.numbers();
+          __builtin_memcpy(buckets + to + i * stride, &numbers, sizeof(numbers));
+        }
+      }
+      if (has_shared()) {
+        store<lanes>(shared + to + i * stride, bias);
+      }
+    }
+  }
+
+  // The gradients of what all heads added, to the sums of the weights.
+  void part(RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t from) const {
+    for (int64_t i = 0; i < keys; ++i) {
+      const V gradient = load<lanes>(shared_sums + from + i * stride);
+      if (shares_position) {
+        add_to_positions(position_sum(0), rows, first_key + i, gradient);
+      }
+      if (shares_time) {
+        buckets_of(rows, first_key + i).add(gradient, time_sum(0));
+      }
+    }
+  }
+
+  // Where a vector of rows and a key meet in the reversed weights.
+  RECSYS_OPS_INLINE int64_t meeting(const ReversedWeights<A>& weights, int64_t key) const {
+    const int64_t last = weights.first + weights.size - 1, center = attention.position.size / 2;
+    return last - center - sequence.place(key, attention.target_group_size);
+  }
+
+  RECSYS_OPS_INLINE V position_weights(const ReversedWeights<A>& weights, const RowVector<A>& rows, int64_t key) const {
+    const int64_t x = meeting(weights, key);
+    if (rows.is_consecutive) {
+      return load<lanes>(weights.values + std::clamp<int64_t>(x + rows.place[0], -lanes, weights.size));
+    }
+    V found;
+    for (int lane = 0; lane < lanes; ++lane) {
+      found[lane] = weights.values[std::clamp<int64_t>(x + rows.place[lane], 0, weights.size - 1)];
+    }
+    return found;
+  }
+
+  RECSYS_OPS_INLINE void add_to_positions(
+      const ReversedWeights<A>& sums, const RowVector<A>& rows, int64_t key, V numbers) const {
+    const int64_t x = meeting(sums, key);
+    if (rows.is_consecutive) {
+      A* sum = sums.values + std::clamp<int64_t>(x + rows.place[0], -lanes, sums.size);
+      return store<lanes>(sum, load<lanes>(sum) + numbers);
+    }
+    for (int lane = 0; lane < lanes; ++lane) {
+      sums.values[std::clamp<int64_t>(x + rows.place[lane], 0, sums.size - 1)] += numbers[lane];
+    }
+  }
+
+  // What one head adds to its scores of a key, at `at` in shared and buckets.
+  RECSYS_OPS_INLINE V of_head(int64_t head, const RowVector<A>& rows, int64_t key, int64_t at) const {
+    V bias = has_shared() ? load<lanes>(shared + at) : V{};
+    if (is_placed && !shares_position) {
+      bias += position_weights(position(head), rows, key);
+    }
+    if (is_timed && !shares_time) {
+      V weights;
+      for (int lane = 0; lane < lanes; ++lane) {
+        weights[lane] = time(head)[buckets[at + lane]];
+      }
+      bias += weights;
+    }
+    return bias;
+  }
+
+  RECSYS_OPS_INLINE void add_of_head(int64_t head, const RowVector<A>& rows, int64_t key, int64_t at, V gradient) const {
+    if (has_shared()) {
+      store<lanes>(shared_sums + at, load<lanes>(shared_sums + at) + gradient);
+    }
+    if (is_placed && !shares_position) {
+      add_to_positions(position_sum(head), rows, key, gradient);
+    }
+    if (is_timed && !shares_time) {
+      for (int lane = 0; lane < lanes; ++lane) {
+        time_sum(head)[buckets[at + lane] * lanes + lane] += gradient[lane];
+      }
+    }
+  }
+
+  void write(const Parts& parts) const {
+    for (int64_t table = 0; table < position_tables(); ++table) {
+      position_sum(table).write(static_cast<A*>(parts.position) + table * parts.num_distances);
+    }
+    for (int64_t i = 0; i < time_tables() * attention.time.size; ++i) {
+      static_cast<A*>(parts.time)[i] = sum_of<lanes, A>(load<lanes>(time_sums + i * lanes));
+    }
+  }
 };
-
-template <class A>
-Head<A> head_of(const Attention& attention, const Task& task) {
-  const Weights& time = attention.time;
-  const A* weights = static_cast<const A*>(time.data);
-  return {
-      attention, *task.sequence, task.head, weights ? weights + (time.heads > 1 ? task.head : 0) * time.size : nullptr,
-      nullptr, nullptr, nullptr};
-}
-
-// Where a vector of rows and a key meet in the reversed weights.
-template <class A>
-RECSYS_OPS_INLINE int64_t meeting(const Head<A>& head, const ReversedWeights<A>& weights, int64_t key) {
-  const int64_t last = weights.first + weights.size - 1, center = head.attention.position.size / 2;
-  return last - center - head.sequence.place(key, head.attention.target_group_size);
-}
-
-template <class A>
-RECSYS_OPS_INLINE Vector<A, full_lanes<A>> position_weights(
-    const Head<A>& head, const ReversedWeights<A>& weights, const RowVector<A>& rows, int64_t key) {
-  constexpr int lanes = full_lanes<A>;
-  const int64_t x = meeting(head, weights, key);
-  if (rows.is_consecutive) {
-    return load<lanes>(weights.values + std::clamp<int64_t>(x + rows.place[0], -lanes, weights.size));
-  }
-  Vector<A, lanes> found;
-  for (int lane = 0; lane < lanes; ++lane) {
-    found[lane] = weights.values[std::clamp<int64_t>(x + rows.place[lane], 0, weights.size - 1)];
-  }
-  return found;
-}
-
-template <class A>
-RECSYS_OPS_INLINE void add_to_positions(
-    const Head<A>& head, const ReversedWeights<A>& sums, const RowVector<A>& rows, int64_t key,
-    Vector<A, full_lanes<A>> numbers) {
-  constexpr int lanes = full_lanes<A>;
-  const int64_t x = meeting(head, sums, key);
-  if (rows.is_consecutive) {
-    A* sum = sums.values + std::clamp<int64_t>(x + rows.place[0], -lanes, sums.size);
-    return store<lanes>(sum, load<lanes>(sum) + numbers);
-  }
-  for (int lane = 0; lane < lanes; ++lane) {
-    sums.values[std::clamp<int64_t>(x + rows.place[lane], 0, sums.size - 1)] += numbers[lane];
-  }
-}
 
 // Scores [keys, group] become what rows of v are multiplied by. With gradients of these, [keys, group],
 // those become gradients of the scores, and sums of the bias's weights get theirs.
 template <bool BACKWARD, bool BIASED, class A>
 RECSYS_OPS_INLINE void weigh_tile(
-    const Head<A>& head, RowVector<A>& rows, int64_t first_key, int64_t keys, const A* dropped, A* scores,
-    A* gradients) {
+    const Biases<A>& biases, int64_t head, const RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t at,
+    const A* dropped, A* scores, A* gradients) {
   constexpr int lanes = full_lanes<A>, stride = group_rows<A>;
   using V = Vector<A, lanes>;
   const V one = broadcast<lanes>(A{1});
   const bool sees_all = rows.sees_all(first_key, first_key + keys);
-  for (int64_t i = 0; i < keys; ++i) {
+  for (int64_t i = 0; i < keys; ++i, at += stride) {
     const int64_t key = first_key + i;
-    V score = load<lanes>(scores + i * stride);
+    V score = load<lanes>(scores + at);
     if constexpr (BIASED) {
-      if (head.position) {
-        score += position_weights(head, *head.position, rows, key);
-      }
+      score += biases.of_head(head, rows, key, at);
     }
-    const auto finish = [&](const TimeBuckets<A>* buckets) __attribute__((always_inline)) {
-      if (BIASED && buckets) {
-        score += buckets->weights(head.time);
+    const V sigmoid = one / (one + exp_of_minus<lanes>(score));
+    const V factor = dropped ? load<lanes>(dropped + at) : one;
+    const auto seen =
+        sees_all ? Vector<IntegerLike<A>, lanes>{} : rows.sees(key, biases.attention.num_intervals);
+    const V weight = score * sigmoid * factor;
+    store<lanes>(scores + at, sees_all ? weight : seen ? weight : V{});
+    if constexpr (BACKWARD) {
+      const V slope = multiply_add<lanes, A>(score * sigmoid, one - sigmoid, sigmoid);
+      V gradient = load<lanes>(gradients + at) * factor * slope;
+      gradient = sees_all ? gradient : seen ? gradient : V{};
+      store<lanes>(gradients + at, gradient);
+      if constexpr (BIASED) {
+        biases.add_of_head(head, rows, key, at, gradient);
       }
-      const V sigmoid = one / (one + exp_of_minus<lanes>(score));
-      V weight = score * sigmoid, factor = one;
-      if (dropped) {
-        factor = load<lanes>(dropped + i * stride);
-        weight *= factor;
-      }
-      const auto seen = sees_all ? Vector<IntegerLike<A>, lanes>{} : rows.sees(key, head.attention.num_intervals);
-      store<lanes>(scores + i * stride, sees_all ? weight : seen ? weight : V{});
-      if constexpr (BACKWARD) {
-        const V slope = multiply_add<lanes, A>(score * sigmoid, one - sigmoid, sigmoid);
-        V gradient = load<lanes>(gradients + i * stride) * slope;
-        gradient = dropped ? gradient * factor : gradient;
-        gradient = sees_all ? gradient : seen ? gradient : V{};
-        store<lanes>(gradients + i * stride, gradient);
-        if constexpr (BIASED) {
-          if (head.position_sum) {
-            add_to_positions(head, *head.position_sum, rows, key, gradient);
-          }
-          if (buckets) {
-            buckets->add(gradient, head.time_sum);
-          }
-        }
-      }
-    };
-    if (BIASED && head.time) {
-      const TimeBuckets<A> buckets(head.attention, rows, head.attention.timestamps[head.sequence.first_token + key]);
-      finish(&buckets);
-    } else {
-      finish(nullptr);
     }
   }
 }
 
 template <bool BACKWARD, class A>
 RECSYS_OPS_INLINE void weigh(
-    const Head<A>& head, RowVector<A>& rows, int64_t first_key, int64_t keys, const A* dropped, A* scores,
-    A* gradients) {
-  if (head.position || head.time) {
-    weigh_tile<BACKWARD, true>(head, rows, first_key, keys, dropped, scores, gradients);
+    const Biases<A>& biases, int64_t head, const RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t at,
+    const A* dropped, A* scores, A* gradients) {
+  if (biases.has_any()) {
+    weigh_tile<BACKWARD, true>(biases, head, rows, first_key, keys, at, dropped, scores, gradients);
   } else {
-    weigh_tile<BACKWARD, false>(head, rows, first_key, keys, dropped, scores, gradients);
+    weigh_tile<BACKWARD, false>(biases, head, rows, first_key, keys, at, dropped, scores, gradients);
   }
 }
 
@@ -233,38 +327,45 @@ A row_scale(const Attention& attention, int64_t row) {
   return static_cast<A>(attention.scale) * (scales ? scales[row] : A{1});
 }
 
+// Calls f(t, keys, vectors) for the tiles of a block of keys, with the vectors of the group that see them.
+template <class A, class F>
+RECSYS_OPS_INLINE void for_tiles(const RowGroup<A>& group, int64_t first_key, int64_t count, const F& f) {
+  for (int64_t t = 0; t < count; t += tile_rows) {
+    const int64_t keys = std::min<int64_t>(tile_rows, count - t);
+    f(t, keys, seeing(group, first_key + t, first_key + t + keys));
+  }
+}
+
 template <class A>
 void forward(const Attention& attention, const Task& task, void* output, Scratch& scratch) {
-  constexpr int stride = group_rows<A>;
+  constexpr int lanes = full_lanes<A>, stride = group_rows<A>;
   const Sequence& sequence = *task.sequence;
   const int64_t dim = attention.dim, value_dim = attention.value_dim;
   const int64_t width = padded<A>(dim), value_width = padded<A>(value_dim);
   const int64_t num_rows = task.last - task.first, num_groups = (num_rows + stride - 1) / stride;
-  const bool is_placed = attention.position.data, is_dropped = attention.dropout_seed;
-  const int64_t reach = is_placed ? ReversedWeights<A>::reach(attention.position, sequence.length) : 0;
-  const int64_t intervals = group_vectors * attention.num_intervals * 2 * full_lanes<A>;
+  const int64_t num_heads = task.last_head - task.first_head;
+  const int64_t query_size = num_groups * stride * width, sum_size = num_groups * stride * value_width;
+  const int64_t intervals = group_vectors * attention.num_intervals * 2 * lanes;
+  const bool is_dropped = attention.dropout_seed;
 
+  Biases<A> biases = {attention, sequence, task.first_head, num_heads};
   RowGroup<A>* groups;
   IntegerLike<A>* interval_memory;
-  A *rows, *turned, *sums, *keys, *values, *scores, *dropped, *positions;
+  A *rows, *turned, *sums, *keys, *values, *scores, *dropped;
   with_memory(scratch, [&](const auto& take) {
     take(groups, num_groups);
     take(interval_memory, num_groups * intervals);
     take(rows, stride * width);
-    take(turned, num_groups * width * stride);
-    take(sums, num_groups * stride * value_width);
-    take(keys, key_block * width);
-    take(values, key_block * value_width);
+    take(turned, num_heads * query_size);
+    take(sums, num_heads * sum_size);
+    take(keys, num_heads * key_block * width);
+    take(values, num_heads * key_block * value_width);
     take(scores, key_block * stride);
     take(dropped, is_dropped ? key_block * stride : 0);
-    take(positions, is_placed ? ReversedWeights<A>::memory(reach) : 0);
+    biases.take_memory(take, false);
   });
-  Head<A> head = head_of<A>(attention, task);
-  ReversedWeights<A> position(attention.position, sequence.length, positions);
-  if (is_placed) {
-    position.load_head(attention.position, task.head);
-    head.position = &position;
-  }
+  biases.prepare(false);
+  std::fill(sums, sums + num_heads * sum_size, A{0});
 
   Span seen = {sequence.length, 0};
   const A alpha = static_cast<A>(attention.alpha);
@@ -274,12 +375,13 @@ void forward(const Attention& attention, const Task& task, void* output, Scratch
     for (const Span& span : groups[g].spans) {
       seen.add(span.first, span.last);
     }
-    unpack_rows<A>(attention.dtype, attention.q, task.head, sequence.first_row + first, there, dim, rows, [&](int64_t) {
-      return alpha;
-    });
-    transpose_rows<group_vectors>(rows, there, width, turned + g * width * stride);
+    for (int64_t h = 0; h < num_heads; ++h) {
+      unpack_rows<A>(
+          attention.dtype, attention.q, task.first_head + h, sequence.first_row + first, there, dim, rows,
+          [&](int64_t) { return alpha; });
+      transpose_rows<group_vectors>(rows, there, width, turned + h * query_size + g * stride * width);
+    }
   }
-  std::fill(sums, sums + num_groups * stride * value_width, A{0});
 
   for (int64_t j = seen.first / key_block * key_block; j < seen.last; j += key_block) {
     const int64_t count = std::min(key_block, sequence.length - j);
@@ -290,46 +392,64 @@ void forward(const Attention& attention, const Task& task, void* output, Scratch
         continue;
       }
       if (!is_unpacked) {
-        unpack_keys<A>(attention, attention.k, attention.key_cache, sequence, task.head, j, count, dim, keys);
-        unpack_keys<A>(
-            attention, attention.v, attention.value_cache, sequence, task.head, j, count, value_dim, values);
-        is_unpacked = true;
-      }
-      if (is_dropped) {
-        group.draw(attention, sequence, task.head, j, dropped);
-      }
-      Span computed = {sequence.length, 0};
-      for (int64_t t = 0; t < count; t += tile_rows) {
-        const int64_t there = std::min<int64_t>(tile_rows, count - t);
-        const Vectors vectors = seeing(group, j + t, j + t + there);
-        A* tile = scores + t * stride;
-        if (vectors.count() < group_vectors) {
-          clear_others(vectors, there, tile);
-        }
-        if (vectors.count() == 0) {
-          continue;
-        }
-        computed.add(j + t, j + t + there);
-        const int64_t column = vectors.first * full_lanes<A>;
-        multiply<Left::by_row>(
-            there, vectors.count(), dim, keys + t * width, width, turned + g * width * stride + column, stride,
-            tile + column, stride, false);
-        for (int v = vectors.first; v < vectors.last; ++v) {
-          const int64_t at = v * full_lanes<A>;
-          weigh<false>(
-              head, group.vectors[v], j + t, there, is_dropped ? dropped + t * stride + at : nullptr, tile + at,
-              static_cast<A*>(nullptr));
+        for (int64_t h = 0; h < num_heads; ++h) {
+          unpack_keys<A>(
+              attention, attention.k, attention.key_cache, sequence, task.first_head + h, j, count, dim,
+              keys + h * key_block * width);
+          unpack_keys<A>(
+              attention, attention.v, attention.value_cache, sequence, task.first_head + h, j, count, value_dim,
+              values + h * key_block * value_width);
         }
       }
-      const int64_t there = std::min<int64_t>(stride, num_rows - g * stride);
-      add_products(group, there, j, computed, scores, values, value_dim, sums + g * stride * value_width);
+      const int64_t next = !is_unpacked && !attention.cached ? j + count : sequence.length;  // to be fetched
+      is_unpacked = true;
+      if (biases.has_shared() || biases.is_timed) {
+        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
+          for (int v = vectors.first; v < vectors.last; ++v) {
+            biases.meet(group.vectors[v], j + t, there, t * stride + v * lanes);
+          }
+        });
+      }
+      for (int64_t h = 0; h < num_heads; ++h) {
+        const A* of_queries = turned + h * query_size + g * stride * width;
+        if (is_dropped) {
+          group.draw(attention, sequence, task.first_head + h, j, dropped);
+        }
+        Span computed = {sequence.length, 0};
+        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
+          if (next + t + there <= seen.last) {
+            const int64_t row = sequence.first_token + next + t, head = task.first_head + h;
+            prefetch_rows(attention.dtype, attention.k, head, row, there, dim);
+            prefetch_rows(attention.dtype, attention.v, head, row, there, value_dim);
+          }
+          clear_others(vectors, there, scores + t * stride);
+          if (vectors.count() == 0) {
+            return;
+          }
+          computed.add(j + t, j + t + there);
+          const int64_t column = vectors.first * lanes;
+          multiply<Left::by_row>(
+              there, vectors.count(), dim, keys + (h * key_block + t) * width, width, of_queries + column, stride,
+              scores + t * stride + column, stride, false);
+          for (int v = vectors.first; v < vectors.last; ++v) {
+            weigh<false>(
+                biases, h, group.vectors[v], j + t, there, t * stride + v * lanes, is_dropped ? dropped : nullptr,
+                scores, static_cast<A*>(nullptr));
+          }
+        });
+        add_products(
+            group, std::min<int64_t>(stride, num_rows - g * stride), j, computed, scores,
+            values + h * key_block * value_width, value_dim, sums + h * sum_size + g * stride * value_width);
+      }
     }
   }
   const Tensor3 out = {output, attention.heads * value_dim, value_dim, 1};
   const int64_t first = sequence.first_row + task.first;
-  pack_rows(attention.dtype, out, task.head, first, num_rows, value_dim, sums, [&](int64_t i) {
-    return row_scale<A>(attention, first + i);
-  });
+  for (int64_t h = 0; h < num_heads; ++h) {
+    pack_rows(
+        attention.dtype, out, task.first_head + h, first, num_rows, value_dim, sums + h * sum_size,
+        [&](int64_t i) { return row_scale<A>(attention, first + i); });
+  }
 }
 
 template <class A>
@@ -339,47 +459,35 @@ void backward(
   const Sequence& sequence = *task.sequence;
   const int64_t dim = attention.dim, value_dim = attention.value_dim;
   const int64_t width = padded<A>(dim), value_width = padded<A>(value_dim);
-  const int64_t num_groups = (sequence.rows + stride - 1) / stride;
-  const bool is_placed = attention.position.data, is_timed = attention.time.data, is_dropped = attention.dropout_seed;
-  const int64_t reach = is_placed ? ReversedWeights<A>::reach(attention.position, sequence.length) : 0;
+  const int64_t num_groups = (sequence.rows + stride - 1) / stride, num_heads = task.last_head - task.first_head;
+  const int64_t query_size = num_groups * stride * width, out_size = num_groups * stride * value_width;
   const int64_t intervals = group_vectors * attention.num_intervals * 2 * lanes;
+  const bool is_dropped = attention.dropout_seed;
 
+  Biases<A> biases = {attention, sequence, task.first_head, num_heads};
   RowGroup<A>* groups;
   IntegerLike<A>* interval_memory;
   A *q, *turned_q, *out, *turned_out, *grad_q, *keys, *values, *grad_keys, *grad_values, *scores, *grad_scores,
-      *dropped, *positions, *position_sums, *time_sums;
+      *dropped;
   with_memory(scratch, [&](const auto& take) {
     take(groups, num_groups);
     take(interval_memory, num_groups * intervals);
-    take(q, num_groups * stride * width);
-    take(turned_q, num_groups * width * stride);
-    take(out, num_groups * stride * value_width);
-    take(turned_out, num_groups * value_width * stride);
-    take(grad_q, num_groups * stride * width);
-    take(keys, key_block * width);
-    take(values, key_block * value_width);
-    take(grad_keys, key_block * width);
-    take(grad_values, key_block * value_width);
+    take(q, num_heads * query_size);
+    take(turned_q, num_heads * query_size);
+    take(out, num_heads * out_size);
+    take(turned_out, num_heads * out_size);
+    take(grad_q, num_heads * query_size);
+    take(keys, num_heads * key_block * width);
+    take(values, num_heads * key_block * value_width);
+    take(grad_keys, num_heads * key_block * width);
+    take(grad_values, num_heads * key_block * value_width);
     take(scores, key_block * stride);
     take(grad_scores, key_block * stride);
     take(dropped, is_dropped ? key_block * stride : 0);
-    take(positions, is_placed ? ReversedWeights<A>::memory(reach) : 0);
-    take(position_sums, is_placed ? ReversedWeights<A>::memory(reach) : 0);
-    take(time_sums, is_timed ? attention.time.size * lanes : 0);
+    biases.take_memory(take, true);
   });
-  Head<A> head = head_of<A>(attention, task);
-  ReversedWeights<A> position(attention.position, sequence.length, positions);
-  ReversedWeights<A> position_sum(attention.position, sequence.length, position_sums);
-  if (is_placed) {
-    position.load_head(attention.position, task.head);
-    position_sum.zero();
-    head.position = &position;
-    head.position_sum = &position_sum;
-  }
-  if (is_timed) {
-    std::fill(time_sums, time_sums + attention.time.size * lanes, A{0});
-    head.time_sum = time_sums;
-  }
+  biases.prepare(true);
+  std::fill(grad_q, grad_q + num_heads * query_size, A{0});
 
   const A alpha = static_cast<A>(attention.alpha);
   for (int64_t g = 0; g < num_groups; ++g) {
@@ -389,89 +497,113 @@ void backward(
     if (!groups[g].sees_any(task.first, task.last)) {
       continue;
     }
-    A *q_rows = q + first * width, *out_rows = out + first * value_width;
-    unpack_rows<A>(attention.dtype, attention.q, task.head, row, there, dim, q_rows, [&](int64_t) { return alpha; });
-    unpack_rows<A>(
-        attention.dtype, gradients.grad_output, task.head, row, there, value_dim, out_rows,
-        [&](int64_t i) { return row_scale<A>(attention, row + i); });
-    std::fill(q_rows + there * width, q_rows + stride * width, A{0});
-    std::fill(out_rows + there * value_width, out_rows + stride * value_width, A{0});
-    transpose_rows<group_vectors>(q_rows, stride, width, turned_q + first * width);
-    transpose_rows<group_vectors>(out_rows, stride, value_width, turned_out + first * value_width);
+    for (int64_t h = 0; h < num_heads; ++h) {
+      A *q_rows = q + h * query_size + first * width, *out_rows = out + h * out_size + first * value_width;
+      unpack_rows<A>(
+          attention.dtype, attention.q, task.first_head + h, row, there, dim, q_rows, [&](int64_t) { return alpha; });
+      unpack_rows<A>(
+          attention.dtype, gradients.grad_output, task.first_head + h, row, there, value_dim, out_rows,
+          [&](int64_t i) { return row_scale<A>(attention, row + i); });
+      std::fill(q_rows + there * width, q_rows + stride * width, A{0});
+      std::fill(out_rows + there * value_width, out_rows + stride * value_width, A{0});
+      transpose_rows<group_vectors>(q_rows, stride, width, turned_q + h * query_size + first * width);
+      transpose_rows<group_vectors>(out_rows, stride, value_width, turned_out + h * out_size + first * value_width);
+    }
   }
-  std::fill(grad_q, grad_q + num_groups * stride * width, A{0});
 
   for (int64_t j = task.first; j < task.last; j += key_block) {
     const int64_t count = std::min(key_block, task.last - j);
-    std::fill(grad_keys, grad_keys + count * width, A{0});
-    std::fill(grad_values, grad_values + count * value_width, A{0});
-    unpack_keys<A>(attention, attention.k, attention.key_cache, sequence, task.head, j, count, dim, keys);
-    unpack_keys<A>(attention, attention.v, attention.value_cache, sequence, task.head, j, count, value_dim, values);
+    std::fill(grad_keys, grad_keys + num_heads * key_block * width, A{0});
+    std::fill(grad_values, grad_values + num_heads * key_block * value_width, A{0});
+    for (int64_t h = 0; h < num_heads; ++h) {
+      unpack_keys<A>(
+          attention, attention.k, attention.key_cache, sequence, task.first_head + h, j, count, dim,
+          keys + h * key_block * width);
+      unpack_keys<A>(
+          attention, attention.v, attention.value_cache, sequence, task.first_head + h, j, count, value_dim,
+          values + h * key_block * value_width);
+    }
     for (int64_t g = 0; g < num_groups; ++g) {
       RowGroup<A>& group = groups[g];
       if (!group.sees_any(j, j + count)) {
         continue;
       }
-      if (is_dropped) {
-        group.draw(attention, sequence, task.head, j, dropped);
+      if (biases.has_shared() || biases.is_timed) {
+        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
+          for (int v = vectors.first; v < vectors.last; ++v) {
+            biases.meet(group.vectors[v], j + t, there, t * stride + v * lanes);
+          }
+        });
       }
-      Span computed = {sequence.length, 0};
-      for (int64_t t = 0; t < count; t += tile_rows) {
-        const int64_t there = std::min<int64_t>(tile_rows, count - t);
-        const Vectors vectors = seeing(group, j + t, j + t + there);
-        A *tile = scores + t * stride, *grad_tile = grad_scores + t * stride;
-        if (vectors.count() < group_vectors) {
-          clear_others(vectors, there, grad_tile);
-        }
-        if (vectors.count() == 0) {
-          continue;
-        }
-        computed.add(j + t, j + t + there);
-        const int64_t column = vectors.first * lanes, row = g * stride + column;
-        multiply<Left::by_row>(
-            there, vectors.count(), dim, keys + t * width, width, turned_q + g * stride * width + column, stride,
-            tile + column, stride, false);
-        multiply<Left::by_row>(
-            there, vectors.count(), value_dim, values + t * value_width, value_width,
-            turned_out + g * stride * value_width + column, stride, grad_tile + column, stride, false);
-        for (int v = vectors.first; v < vectors.last; ++v) {
-          const int64_t at = v * lanes;
-          weigh<true>(
-              head, group.vectors[v], j + t, there, is_dropped ? dropped + t * stride + at : nullptr, tile + at,
-              grad_tile + at);
-        }
-        multiply<Left::by_row>(
-            there, value_width / lanes, vectors.count() * lanes, tile + column, stride, out + row * value_width,
-            value_width, grad_values + t * value_width, value_width, true);
-        multiply<Left::by_row>(
-            there, width / lanes, vectors.count() * lanes, grad_tile + column, stride, q + row * width, width,
-            grad_keys + t * width, width, true);
+      if (biases.has_shared()) {
+        std::fill(biases.shared_sums, biases.shared_sums + count * stride, A{0});
       }
-      const int64_t there = std::min<int64_t>(stride, sequence.rows - g * stride);
-      add_products(group, there, j, computed, grad_scores, keys, dim, grad_q + g * stride * width);
+      for (int64_t h = 0; h < num_heads; ++h) {
+        const int64_t of_queries = h * query_size + g * stride * width, of_outs = h * out_size + g * stride * value_width;
+        if (is_dropped) {
+          group.draw(attention, sequence, task.first_head + h, j, dropped);
+        }
+        Span computed = {sequence.length, 0};
+        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
+          clear_others(vectors, there, grad_scores + t * stride);
+          if (vectors.count() == 0) {
+            return;
+          }
+          computed.add(j + t, j + t + there);
+          const int64_t column = vectors.first * lanes, depth = vectors.count() * lanes, of_tile = h * key_block + t;
+          A *tile = scores + t * stride + column, *grad_tile = grad_scores + t * stride + column;
+          multiply<Left::by_row>(
+              there, vectors.count(), dim, keys + of_tile * width, width, turned_q + of_queries + column, stride, tile,
+              stride, false);
+          multiply<Left::by_row>(
+              there, vectors.count(), value_dim, values + of_tile * value_width, value_width,
+              turned_out + of_outs + column, stride, grad_tile, stride, false);
+          for (int v = vectors.first; v < vectors.last; ++v) {
+            weigh<true>(
+                biases, h, group.vectors[v], j + t, there, t * stride + v * lanes, is_dropped ? dropped : nullptr,
+                scores, grad_scores);
+          }
+          multiply<Left::by_row>(
+              there, value_width / lanes, depth, tile, stride, out + of_outs + column * value_width, value_width,
+              grad_values + of_tile * value_width, value_width, true);
+          multiply<Left::by_row>(
+              there, width / lanes, depth, grad_tile, stride, q + of_queries + column * width, width,
+              grad_keys + of_tile * width, width, true);
+        });
+        add_products(
+            group, std::min<int64_t>(stride, sequence.rows - g * stride), j, computed, grad_scores,
+            keys + h * key_block * width, dim, grad_q + of_queries);
+      }
+      if (biases.has_shared()) {
+        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
+          for (int v = vectors.first; v < vectors.last; ++v) {
+            biases.part(group.vectors[v], j + t, there, t * stride + v * lanes);
+          }
+        });
+      }
     }
     const auto one = [](int64_t) { return A{1}; };  // rows of q were multiplied by alpha
-    pack_rows(attention.dtype, gradients.k, task.head, sequence.first_token + j, count, dim, grad_keys, one);
-    pack_rows(attention.dtype, gradients.v, task.head, sequence.first_token + j, count, value_dim, grad_values, one);
+    for (int64_t h = 0; h < num_heads; ++h) {
+      const int64_t head = task.first_head + h, row = sequence.first_token + j;
+      pack_rows(attention.dtype, gradients.k, head, row, count, dim, grad_keys + h * key_block * width, one);
+      pack_rows(
+          attention.dtype, gradients.v, head, row, count, value_dim, grad_values + h * key_block * value_width, one);
+    }
   }
 
-  if (A* part = static_cast<A*>(parts.grad_q)) {
-    for (int64_t i = 0; i < sequence.rows; ++i) {
-      std::copy_n(grad_q + i * width, dim, part + i * dim);
-    }
-  } else {
-    pack_rows(
-        attention.dtype, gradients.q, task.head, sequence.first_row, sequence.rows, dim, grad_q,
-        [&](int64_t) { return alpha; });
-  }
-  if (is_placed) {
-    position_sum.write(static_cast<A*>(parts.position));
-  }
-  if (is_timed) {
-    for (int64_t bucket = 0; bucket < attention.time.size; ++bucket) {
-      static_cast<A*>(parts.time)[bucket] = sum_of<lanes, A>(load<lanes>(time_sums + bucket * lanes));
+  for (int64_t h = 0; h < num_heads; ++h) {
+    const A* sums = grad_q + h * query_size;
+    if (A* part = static_cast<A*>(parts.grad_q)) {
+      for (int64_t i = 0; i < sequence.rows; ++i) {
+        std::copy_n(sums + i * width, dim, part + (h * sequence.rows + i) * dim);
+      }
+    } else {
+      pack_rows(
+          attention.dtype, gradients.q, task.first_head + h, sequence.first_row, sequence.rows, dim, sums,
+          [&](int64_t) { return alpha; });
     }
   }
+  biases.write(parts);
 }
 
 template <class A>

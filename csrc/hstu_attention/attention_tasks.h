@@ -8,13 +8,15 @@
 
 namespace recsys_ops::hstu_attention {
 
-constexpr int64_t row_block = 128;  // rows of q that a forward task takes
+constexpr int64_t row_block = 256;  // rows of q that a forward task takes at most
 constexpr int64_t key_block = 64;   // keys whose scores are held at once
 
-// The rows [first, last) of a sequence's queries, or backward the keys, of one head.
+// The rows [first, last) of a sequence's queries, or backward the keys, of some heads. What heads have in
+// common is computed once for all of a task.
 struct Task {
   const Sequence* sequence;
-  int64_t head, first, last;
+  int64_t first_head, last_head;
+  int64_t first, last;
   double cost;
 };
 
@@ -30,10 +32,10 @@ struct Gradients {
 
 // What one backward task leaves for others to add up, in the type that sums are formed in.
 struct Parts {
-  void* grad_q;    // [m, D] where other tasks have the same queries, or null
-  void* position;  // [first_distance ... last], or null
+  void* grad_q;    // [heads of the task, m, D] where other tasks have the same queries, or null
+  void* position;  // [1 or heads of the task, num_distances], or null
   int64_t first_distance, num_distances;
-  void* time;  // [T] or null
+  void* time;  // [1 or heads of the task, T], or null
 };
 
 template <class A>

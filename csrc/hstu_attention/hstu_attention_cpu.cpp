@@ -63,13 +63,14 @@ class Remainders {
           size += wanted ? count : 0;
           return memory;
         };
-        part.grad_q = take(is_shared(i), sequence.rows * attention.dim);
+        const int64_t heads = tasks[i].last_head - tasks[i].first_head;
+        part.grad_q = take(is_shared(i), heads * sequence.rows * attention.dim);
         const int64_t center = attention.position.size / 2;
         const int64_t reach = std::min(center, sequence.length - 1);
         part.first_distance = center - reach;
         part.num_distances = 2 * reach + 1;
-        part.position = take(attention.position.data != nullptr, part.num_distances);
-        part.time = take(attention.time.data != nullptr, attention.time.size);
+        part.position = take(attention.position.data != nullptr, tables(attention.position, heads) * part.num_distances);
+        part.time = take(attention.time.data != nullptr, tables(attention.time, heads) * attention.time.size);
       }
       numbers.resize(size);
     }
@@ -97,9 +98,12 @@ class Remainders {
     int64_t first, count;
   };
 
+  // Of weights, that a task of some heads has.
+  static int64_t tables(const Weights& weights, int64_t heads) { return weights.heads > 1 ? heads : 1; }
+
   // Whether two tasks have the same queries.
   bool together(size_t a, size_t b) const {
-    return tasks[a].sequence == tasks[b].sequence && tasks[a].head == tasks[b].head;
+    return tasks[a].sequence == tasks[b].sequence && tasks[a].first_head == tasks[b].first_head;
   }
 
   bool is_shared(size_t i) const {
@@ -109,18 +113,20 @@ class Remainders {
   void write_grad_q(size_t first) const {
     const Sequence& sequence = *tasks[first].sequence;
     const Tensor3& grad_q = gradients.q;
-    const int64_t head = tasks[first].head, dim = attention.dim;
+    const int64_t dim = attention.dim, heads = tasks[first].last_head - tasks[first].first_head;
     dispatch(attention.dtype, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      T* to = const_cast<T*>(static_cast<const T*>(grad_q.data)) + head * grad_q.head;
-      run_parts(task_count(sequence.rows * dim), sequence.rows, [&](int64_t begin, int64_t end) {
+      T* to = const_cast<T*>(static_cast<const T*>(grad_q.data));
+      run_parts(task_count(heads * sequence.rows * dim), heads * sequence.rows, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
+          const int64_t head = tasks[first].first_head + row / sequence.rows;
+          T* of_row = to + (sequence.first_row + row % sequence.rows) * grad_q.row + head * grad_q.head;
           for (int64_t d = 0; d < dim; ++d) {
             A sum = 0;
             for (size_t i = first; i < tasks.size() && together(first, i); ++i) {
               sum += static_cast<const A*>(parts[i].grad_q)[row * dim + d];
             }
-            store_number(to + (sequence.first_row + row) * grad_q.row + d * grad_q.column, sum);
+            store_number(of_row + d * grad_q.column, sum);
           }
         }
       });
@@ -143,10 +149,15 @@ class Remainders {
     run_parts(task_count(static_cast<int64_t>(numbers.size())), weights.size, [&](int64_t begin, int64_t end) {
       for (size_t i = 0; i < tasks.size(); ++i) {
         const Numbers of_task = numbers_of(parts[i]);
-        A* row = to + (weights.heads > 1 ? tasks[i].head : 0) * weights.size;
-        const int64_t last = std::min(end, of_task.first + of_task.count);
-        for (int64_t x = std::max(begin, of_task.first); x < last; ++x) {
-          row[x] += of_task.data[x - of_task.first];
+        const int64_t first_table = weights.heads > 1 ? tasks[i].first_head : 0;
+        const int64_t num_tables = tables(weights, tasks[i].last_head - tasks[i].first_head);
+        const int64_t first = std::max(begin, of_task.first), last = std::min(end, of_task.first + of_task.count);
+        for (int64_t table = 0; table < num_tables; ++table) {
+          A* row = to + (first_table + table) * weights.size;
+          const A* part = of_task.data + table * of_task.count;
+          for (int64_t x = first; x < last; ++x) {
+            row[x] += part[x - of_task.first];
+          }
         }
       }
     });
@@ -163,7 +174,7 @@ class Remainders {
 
 void forward(const Attention& attention, int64_t num_rows, int64_t num_keys, void* output) {
   const std::vector<Sequence> sequences = sequences_of(attention, num_rows, num_keys);
-  const std::vector<Task> tasks = forward_tasks(attention, sequences);
+  const std::vector<Task> tasks = forward_tasks(attention, sequences, torch::stable::get_num_threads());
   dispatch_sums(attention.dtype, [&](auto* type) {
     const auto& kernels = attention_tasks<std::remove_pointer_t<decltype(type)>>();
     run(attention, tasks, [&](int64_t i, Scratch& scratch) { kernels.forward(attention, tasks[i], output, scratch); });

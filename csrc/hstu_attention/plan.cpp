@@ -7,6 +7,9 @@ namespace recsys_ops::hstu_attention {
 namespace {
 
 constexpr int64_t longest_part = 2048, most_parts = 8;  // of the keys of a sequence, backward
+constexpr int64_t most_heads = 4;                       // of a task
+constexpr int64_t held_bytes = 1 << 19;                 // by a forward task
+constexpr int64_t tasks_per_thread = 4;
 
 std::string text(int64_t value) { return std::to_string(value); }
 
@@ -57,8 +60,17 @@ void check_cache(const Attention& attention, const Sequence& sequence) {
   }
 }
 
+// Heads that take the buckets of time, or a bias that they share, from one computation.
+int64_t heads_together(const Attention& attention) {
+  const bool is_shared = attention.time.data || attention.position.heads == 1;
+  return is_shared ? std::min(attention.heads, most_heads) : 1;
+}
+
 // Pairs of a row and a key that it sees, about: as many for each as for the one in the middle.
 double pairs(const Attention& attention, const Sequence& sequence, int64_t first_row, int64_t last_row) {
+  if (sequence.length == 0) {
+    return 0;
+  }
   const int64_t middle = sequence.first_position() + (first_row + last_row) / 2;
   const Seen seen = seen_of(attention, sequence, std::min(middle, sequence.length - 1));
   const int64_t keys = std::max<int64_t>(seen.high - seen.low, 0) + seen.group_high - seen.group_low;
@@ -112,14 +124,31 @@ std::vector<Sequence> sequences_of(const Attention& attention, int64_t num_rows,
   return sequences;
 }
 
-std::vector<Task> forward_tasks(const Attention& attention, const std::vector<Sequence>& sequences) {
+std::vector<Task> forward_tasks(
+    const Attention& attention, const std::vector<Sequence>& sequences, int64_t threads) {
+  const int64_t heads = attention.heads, wanted = tasks_per_thread * threads;
+  // What a task holds of q and of sums should stay in second-level cache.
+  const int64_t together = heads_together(attention);
+  const int64_t row_size = together * (attention.dim + attention.value_dim) * static_cast<int64_t>(sizeof(float));
+  int64_t rows = std::clamp<int64_t>(held_bytes / std::max<int64_t>(row_size, 1) / key_block * key_block, key_block, row_block);
+  const auto count = [&] {
+    int64_t blocks = 0;
+    for (const Sequence& sequence : sequences) {
+      blocks += (sequence.rows + rows - 1) / rows;
+    }
+    return blocks * (heads / std::max<int64_t>(together, 1));
+  };
+  while (rows > key_block && count() < wanted) {
+    rows /= 2;
+  }
   std::vector<Task> tasks;
   for (const Sequence& sequence : sequences) {
-    for (int64_t first = 0; first < sequence.rows; first += row_block) {
-      const int64_t last = std::min(first + row_block, sequence.rows);
+    for (int64_t first = 0; first < sequence.rows; first += rows) {
+      const int64_t last = std::min(first + rows, sequence.rows);
       const double cost = pairs(attention, sequence, first, last);
-      for (int64_t head = 0; head < attention.heads; ++head) {
-        tasks.push_back({&sequence, head, first, last, cost});
+      for (int64_t head = 0; head < heads; head += together) {
+        const int64_t last_head = std::min(head + together, heads);
+        tasks.push_back({&sequence, head, last_head, first, last, cost * static_cast<double>(last_head - head)});
       }
     }
   }
@@ -127,12 +156,14 @@ std::vector<Task> forward_tasks(const Attention& attention, const std::vector<Se
 }
 
 std::vector<Task> backward_tasks(const Attention& attention, const std::vector<Sequence>& sequences) {
+  const int64_t heads = attention.heads, together = heads_together(attention);
   std::vector<Task> tasks;
   for (const Sequence& sequence : sequences) {
     const int64_t length = sequence.length;
     const int64_t parts = std::min((length + longest_part - 1) / longest_part, most_parts);
     const int64_t blocks = (length + key_block - 1) / key_block;
-    for (int64_t head = 0; head < attention.heads; ++head) {
+    for (int64_t head = 0; head < heads; head += together) {
+      const int64_t last_head = std::min(head + together, heads);
       for (int64_t part = 0; part < parts; ++part) {
         const int64_t first = blocks * part / parts * key_block;
         const int64_t last = std::min(blocks * (part + 1) / parts * key_block, length);
@@ -140,7 +171,7 @@ std::vector<Task> backward_tasks(const Attention& attention, const std::vector<S
             attention.causal ? std::min(sequence.rows, length - (first + last) / 2) : sequence.rows);
         const double of_sequence = pairs(attention, sequence, 0, sequence.rows);
         const double cost = std::min(static_cast<double>(last - first) * rows, of_sequence);
-        tasks.push_back({&sequence, head, first, last, cost});
+        tasks.push_back({&sequence, head, last_head, first, last, cost * static_cast<double>(last_head - head)});
       }
     }
   }

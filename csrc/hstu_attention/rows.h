@@ -9,6 +9,8 @@ namespace recsys_ops::hstu_attention::RECSYS_OPS_SIMD_LEVEL {
 
 using namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL;
 
+constexpr int64_t rows_ahead = 8;  // of the one that is read, on their way
+
 template <class A>
 RECSYS_OPS_INLINE int64_t padded(int64_t columns) {
   return (columns + full_lanes<A> - 1) / full_lanes<A> * full_lanes<A>;
@@ -55,7 +57,9 @@ RECSYS_OPS_INLINE void unpack_rows(
   dispatch_elements<A>(dtype, [&](auto* type) __attribute__((always_inline)) {
     const auto* data = static_cast<decltype(type)>(tensor.data) + head * tensor.head;
     for (int64_t i = 0; i < count; ++i) {
-      unpack_row<A>(data + (first + i) * tensor.row, tensor.column, columns, factor(i), to + i * width);
+      const auto* row = data + (first + i) * tensor.row;
+      prefetch(row + rows_ahead * tensor.row, columns * sizeof(*type));
+      unpack_row<A>(row, tensor.column, columns, factor(i), to + i * width);
     }
   });
 }
@@ -147,6 +151,16 @@ RECSYS_OPS_INLINE void transpose_rows(const A* from, int64_t count, int64_t widt
         }
       }
     }
+  }
+}
+
+// Rows that will be read soon, on their way.
+RECSYS_OPS_INLINE void prefetch_rows(
+    DType dtype, const Tensor3& tensor, int64_t head, int64_t first, int64_t count, int64_t columns) {
+  const int64_t size = element_size(dtype);
+  const char* data = static_cast<const char*>(tensor.data) + head * tensor.head * size;
+  for (int64_t i = first; i < first + count; ++i) {
+    prefetch(data + i * tensor.row * size, columns * size);
   }
 }
 

@@ -194,6 +194,15 @@ struct TimeBuckets {
     return weight;
   }
 
+  RECSYS_OPS_INLINE Vector<int32_t, lanes> numbers() const {
+    Vector<int32_t, lanes> number = broadcast<lanes>(static_cast<int32_t>(nearest));
+    for (int64_t bucket = nearest + 1; bucket <= farthest; ++bucket) {
+      const auto here = difference >= broadcast<lanes>(boundaries[bucket - 1]);
+      number -= __builtin_convertvector(here, Vector<int32_t, lanes>);  // -1 where it is
+    }
+    return number;
+  }
+
   // Adds each lane's number to sums [T, lanes] of its bucket.
   RECSYS_OPS_INLINE void add(V numbers, A* sums) const {
     for (int64_t bucket = farthest; bucket > nearest; --bucket) {
