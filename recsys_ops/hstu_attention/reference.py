@@ -462,7 +462,7 @@ def row_scales(scale: float, row_scale: Tensor | None, rows: slice) -> Tensor | 
 def add_to_buckets(grad: Tensor, buckets: Tensor, grad_scores: Tensor) -> None:
     """Add the gradients of scores [H, m, n] to those of the weights of their buckets: [1 or H, T]."""
     terms = grad_scores.flatten(1)
-    grad.index_add_(1, buckets.flatten(), terms if len(grad) > 1 else terms.sum(0, keepdim=True))
+    grad.index_add_(1, buckets.flatten(), terms if len(grad) == len(terms) else terms.sum(0, keepdim=True))
 
 
 def wide(tensor: Tensor) -> Tensor:
