@@ -149,13 +149,13 @@ class HSTULayerFunction(torch.autograd.Function):
             grad_output, grad_u, raw_u, kept, weights, needed, config
         )
         if config.activated == "u":
-            _aten.silu_backward.grad_input(grad_u, raw_u, grad_input=grad_u)
+            _write(grad_u, _aten.silu_backward, grad_u, raw_u)
         grads_bias = KERNELS[ctx.backend].hstu_attention_backward(
             grad_q, grad_k, grad_v, grad_attended.unflatten(1, v.shape[1:]), q, k, v, *attention, *ctx.options
         )
         if config.activated == "uvqk":
             for grad, part in zip(grad_packed, packed, strict=True):
-                _aten.silu_backward.grad_input(grad, part, grad_input=grad)
+                _write(grad, _aten.silu_backward, grad, part)
 
         normed_x = normed_x or _input_norm(x, weights, config)
         grad_x, *grads_input = _input_backward(grad_packed, normed_x, rows, x, weights, needed, config)
@@ -264,11 +264,11 @@ def _gate(
     y = raw_u.new_empty(len(raw_u), 3 * config.hidden)
     u, middle, product = y.split(config.hidden, 1)
     if config.activated == "u":
-        _aten.silu.out(raw_u, out=u)
+        _write(u, _aten.silu, raw_u)
     else:
         u.copy_(raw_u)
     middle.copy_(attended if config.concat == "attention" else normed[0])
-    _aten.mul.out(u, normed[0], out=product)
+    _write(product, _aten.mul, u, normed[0])
     return y, u, normed
 
 
@@ -303,9 +303,9 @@ def _output_backward(
     *beside, grad_product = grad_y.split(config.hidden, 1)
     grad_normed = grad_product * u
     if beside:
-        _aten.addcmul.out(beside[0], grad_product, normed[0], out=grad_u)
+        _write(grad_u, _aten.addcmul, beside[0], grad_product, normed[0])
     else:
-        _aten.mul.out(grad_product, normed[0], out=grad_u)
+        _write(grad_u, _aten.mul, grad_product, normed[0])
     if config.concat == "normed_attention":
         grad_normed.add_(beside[1])
     grad_attended, *grads_norm = _output_norm_backward(grad_normed, attended, normed, weights, needed, config)
@@ -359,6 +359,14 @@ def _output_norm_backward(
         mask,
     )
     return grad_attended.flatten(1), *grads
+
+
+def _write(out: Tensor, function: Any, *arguments: Tensor) -> None:
+    """Let a function write its result to a view; a compiler refuses that, and fuses the copy."""
+    if torch.compiler.is_compiling():
+        out.copy_(function(*arguments))
+    else:
+        function(*arguments, **{"grad_input" if function is _aten.silu_backward else "out": out})
 
 
 def _add_output(x: Tensor, y: Tensor, weights: LayerWeights) -> Tensor:

@@ -191,6 +191,7 @@ def test_weights_follow_the_dtype_of_x() -> None:
 @pytest.mark.parametrize("options", EVERY)
 @pytest.mark.parametrize("targets_only", [False, True])
 def test_compiles_as_one_graph(options: Any, targets_only: bool) -> None:
+    torch.compiler.reset()
     layer, x = layer_of(**options), x_of()
 
     def call(x: Tensor) -> Tensor:
