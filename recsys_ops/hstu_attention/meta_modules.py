@@ -31,6 +31,7 @@ class Kind:
 
     name: str
     where: str
+    label: str
     dropout: str
     attributes: tuple[str, ...]
     names: dict[str, str]
@@ -334,7 +335,7 @@ def _search_boundaries(bias: Any, device: torch.device) -> Tensor | None:
 
 
 def _is_causal(mask: Tensor) -> bool:
-    """Whether this mask, [N, N] or [B, N, N], shows each token itself and all before; looked at once."""
+    """Whether this mask, [N, N] of 0 and 1, shows each token itself and all before; looked at once."""
     if torch.compiler.is_compiling():
         return False
     version = None if mask.is_inference() else mask._version
@@ -342,13 +343,14 @@ def _is_causal(mask: Tensor) -> bool:
     if known is None or version is None or known[0] != version:
         size = mask.shape[-1]
         causal = torch.ones(size, size, dtype=mask.dtype, device=mask.device).tril()
-        known = _CAUSAL[mask] = (version, mask.shape[-2] == size and bool((mask == causal).all()))
+        known = _CAUSAL[mask] = (version, torch.equal(mask, causal))
     return known[1]
 
 
 STU_LAYER = Kind(
     "STULayer",
     "generative_recommenders.modules.stu",
+    "STU layer",
     "_output_dropout_ratio",
     (
         *("_num_heads", "_embedding_dim", "_hidden_dim", "_attention_dim", "_target_aware", "_causal"),
@@ -371,6 +373,7 @@ STU_LAYER = Kind(
 TRANSDUCTION_UNIT = Kind(
     "SequentialTransductionUnitJagged",
     "generative_recommenders.research.modeling.sequential.hstu",
+    "HSTU layer",
     "_dropout_ratio",
     (
         *("_embedding_dim", "_linear_dim", "_attention_dim", "_num_heads", "_rel_attn_bias"),
