@@ -16,7 +16,6 @@ from recsys_ops.hstu_attention.arguments import (
     attention_arguments,
     autocast_dtype,
     cast,
-    check_device,
     check_integers,
     check_offsets,
     refuse_shape,
@@ -32,6 +31,33 @@ from recsys_ops.hstu_attention.masks import HSTUMask
 from recsys_ops.jagged import jagged_concat, jagged_last_rows, jagged_split
 
 NAME = "HSTULayer"
+
+
+def layer_config(
+    variant: str,
+    *,
+    num_heads: int,
+    linear_hidden_dim: int,
+    attention_dim: int,
+    concat_ua: bool,
+    group_norm: bool,
+    eps: float,
+    output_dropout: float,
+    recompute: tuple[str, ...],
+) -> LayerConfig:
+    """What a variant computes."""
+    is_stu = variant == "stu"
+    return LayerConfig(
+        num_heads,
+        linear_hidden_dim,
+        attention_dim,
+        "u" if is_stu else "uvqk",
+        "attention" if is_stu else "normed_attention" if concat_ua else None,
+        group_norm,
+        eps,
+        output_dropout,
+        recompute,
+    )
 
 
 def hstu_layer(
@@ -54,7 +80,8 @@ def hstu_layer(
         raise refuse_shape(NAME, "x", f"[L, {weights.uvqk_weight.shape[0]}]", x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{NAME}: expected x of dtype {names_of(FLOATS)}, got {names_of([x.dtype])}")
-    check_device(NAME, "the weights", weights.uvqk_weight, x)
+    if x.device != weights.uvqk_weight.device:
+        raise ValueError(f"{NAME}: expected x on {weights.uvqk_weight.device}, got {x.device}")
     check_offsets(NAME, offsets, None, x)
     autocast = autocast_dtype(x.device.type)
     dtype = x.dtype if autocast is None else cast(x[:0], autocast).dtype
@@ -100,7 +127,7 @@ def with_requests(
     timestamps: Tensor | None,
     request_timestamps: Tensor,
     mask: HSTUMask,
-    scale: float | Tensor,
+    scale: float | Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Append to each sequence a token that nothing sees, whose time is that of the request."""
     batch = len(offsets) - 1
@@ -109,8 +136,8 @@ def with_requests(
     check_integers(NAME, "request_timestamps", request_timestamps, x)
     if timestamps is None:
         raise ValueError(f"{NAME}: expected timestamps with request_timestamps, got None")
-    plain = HSTUMask(window=mask.window, full_window_tail=mask.full_window_tail)
-    if mask != plain or isinstance(scale, Tensor):
+    given = (mask.num_contextual, mask.num_targets, mask.intervals)
+    if not mask.causal or any(g is not None for g in given) or isinstance(scale, Tensor):
         raise ValueError(
             f"{NAME}: expected a causal mask without prefix, targets or intervals, and a number as scale, "
             f"with request_timestamps, got {mask} and scale={scale}"

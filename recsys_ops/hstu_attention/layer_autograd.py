@@ -258,16 +258,18 @@ def _gate(
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """What the output projection reads, before dropout; U; and norm(A) with its statistics."""
     normed = _output_norm(attended, weights, config)
-    if config.concat is None:
+    middle = attended if config.concat == "attention" else normed[0]
+    if config.concat is None or torch.compiler.is_compiling():
         u = _activated_u(raw_u, config)
-        return u * normed[0], u, normed
+        product = u * normed[0]
+        return product if config.concat is None else torch.cat([u, middle, product], 1), u, normed
     y = raw_u.new_empty(len(raw_u), 3 * config.hidden)
-    u, middle, product = y.split(config.hidden, 1)
+    u, beside, product = y.split(config.hidden, 1)
     if config.activated == "u":
         _write(u, _aten.silu, raw_u)
     else:
         u.copy_(raw_u)
-    middle.copy_(attended if config.concat == "attention" else normed[0])
+    beside.copy_(middle)
     _write(product, _aten.mul, u, normed[0])
     return y, u, normed
 

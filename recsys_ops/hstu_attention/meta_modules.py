@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from recsys_ops.embedding_bag_collection.torchrec_modules import has_hooks
 from recsys_ops.hstu_attention.bias import RelativeBias
-from recsys_ops.hstu_attention.layer import NAME, hstu_layer, with_requests, without_requests
-from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE, LayerConfig, LayerWeights
+from recsys_ops.hstu_attention.layer import NAME, hstu_layer, layer_config, with_requests, without_requests
+from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE, LayerWeights
 from recsys_ops.hstu_attention.masks import HSTUMask
 from recsys_ops.jagged import sequence_of_rows
 
@@ -196,17 +196,16 @@ def _layer(
 ) -> Tensor:
     """Our layer on the parameters of theirs."""
     weights, arguments = kind.raw_weights(theirs), kind.arguments(theirs)
-    is_stu = kind is STU_LAYER
-    config = LayerConfig(
-        theirs._num_heads,
-        arguments["linear_hidden_dim"],
-        theirs._attention_dim,
-        "u" if is_stu else "uvqk",
-        "attention" if is_stu else "normed_attention" if arguments["concat_ua"] else None,
-        is_stu and arguments["group_norm"],
-        arguments["eps"],
-        arguments["output_dropout"] if theirs.training else 0.0,
-        arguments["recompute"],
+    config = layer_config(
+        arguments["variant"],
+        num_heads=arguments["num_heads"],
+        linear_hidden_dim=arguments["linear_hidden_dim"],
+        attention_dim=arguments["attention_dim"],
+        concat_ua=arguments.get("concat_ua", False),
+        group_norm=arguments.get("group_norm", False),
+        eps=arguments["eps"],
+        output_dropout=arguments["output_dropout"] if theirs.training else 0.0,
+        recompute=arguments["recompute"],
     )
     bias = None
     if timestamps is not None:

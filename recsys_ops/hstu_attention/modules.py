@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from recsys_ops.hstu_attention import meta_modules
 from recsys_ops.hstu_attention.arguments import MAX_HEAD_DIM
 from recsys_ops.hstu_attention.bias import RelativeBias, TimeBucketing
-from recsys_ops.hstu_attention.layer import NAME, hstu_layer, with_requests, without_requests
+from recsys_ops.hstu_attention.layer import NAME, hstu_layer, layer_config, with_requests, without_requests
 from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE, LayerConfig, LayerWeights
 from recsys_ops.hstu_attention.masks import HSTUMask
 from recsys_ops.jagged import sequence_of_rows
@@ -235,17 +235,16 @@ class HSTULayer(nn.Module):
     @property
     def config(self) -> LayerConfig:
         """What is computed with them, in the mode that the layer is in."""
-        is_stu = self.variant == "stu"
-        return LayerConfig(
-            self.num_heads,
-            self.linear_hidden_dim,
-            self.attention_dim,
-            "u" if is_stu else "uvqk",
-            "attention" if is_stu else "normed_attention" if self.concat_ua else None,
-            self.group_norm,
-            self.eps,
-            self.output_dropout if self.training else 0.0,
-            self.recompute,
+        return layer_config(
+            self.variant,
+            num_heads=self.num_heads,
+            linear_hidden_dim=self.linear_hidden_dim,
+            attention_dim=self.attention_dim,
+            concat_ua=self.concat_ua,
+            group_norm=self.group_norm,
+            eps=self.eps,
+            output_dropout=self.output_dropout if self.training else 0.0,
+            recompute=self.recompute,
         )
 
     def _bias(self, timestamps: Tensor | None) -> RelativeBias | None:
@@ -345,12 +344,14 @@ class HSTU(nn.Module):
         max_seq_len: places that have an embedding of their own and, in the bias, distances; tokens further
             on share the last. It gives the layers a ``scale`` of 1 / max_seq_len.
         num_heads, linear_hidden_dim, attention_dim: of each layer, see ``HSTULayer``.
-        num_buckets: buckets of times in the bias, 128 in the paper's code; None for a bias of positions
-            alone.
+        num_buckets: buckets of times in the layers' bias, 128 in the paper's code; None for none.
+        relative_positions: whether the layers' bias has weights of distances.
         input_dropout: the probability with which elements of the embedded tokens are dropped in training.
-        options: further arguments of the layers; ``max_seq_len=None`` is given them by
-            ``relative_positions=False``.
-        relative_positions: whether the layers have a bias of positions.
+        device, dtype: of the weights.
+        options: further arguments of the layers, whose ``variant`` is ``"paper"`` by default.
+
+    Raises:
+        ValueError: an argument is not as above.
 
     Example:
         >>> import torch, recsys_ops
@@ -440,8 +441,7 @@ class HSTU(nn.Module):
         if not any(layer.time_weight is not None for layer in self.layers):
             request_timestamps = None
         if request_timestamps is not None:
-            number = 0.0 if scale is None else scale
-            x, offsets, timestamps = with_requests(x, offsets, timestamps, request_timestamps, mask, number)
+            x, offsets, timestamps = with_requests(x, offsets, timestamps, request_timestamps, mask, scale)
         for i, layer in enumerate(self.layers):
             x = layer(
                 x,

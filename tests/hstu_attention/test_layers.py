@@ -203,6 +203,15 @@ def test_compiles_as_one_graph(options: Any, targets_only: bool) -> None:
     torch.testing.assert_close(gradients(found, layer, x), gradients(expected, layer, x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("options", EVERY[::3])
+def test_exports(options: Any) -> None:
+    layer, x = layer_of(**options).eval(), x_of().detach()
+    times = {} if layer.time_weight is None else {"timestamps": TIMES}
+    exported = torch.export.export(layer, (x, OFFSETS), times).module()
+    torch.testing.assert_close(exported(x, OFFSETS, **times), layer(x, OFFSETS, **times))
+
+
 def kept_bytes(recompute: tuple[str, ...]) -> int:
     layer, x = HSTULayer(32, 2, 16, 16, scale=1.0, recompute=recompute), torch.randn(64, 32)
     weights = {p.untyped_storage().data_ptr() for p in (*layer.parameters(), x)}
@@ -258,6 +267,16 @@ def test_empty_batches_and_frozen_weights() -> None:
             output.sum().backward()
         assert layer.uvqk_weight.grad is None
         assert layer.output_weight.grad is not None and not layer.output_weight.grad.any()
+
+
+def test_no_targets_at_all() -> None:
+    layer, x = layer_of(), x_of()
+    output = layer(
+        x, OFFSETS, mask=HSTUMask(num_targets=torch.zeros(4, dtype=torch.int32)), targets_only=True
+    )
+    assert output.shape == (0, 6)
+    output.sum().backward()
+    assert x.grad is not None and not x.grad.any()
 
 
 def test_request_timestamps_are_those_of_a_token_that_comes_next() -> None:
