@@ -220,7 +220,8 @@ class _Expand(torch.autograd.Function):
 def _bmm(x: Tensor, offsets: Tensor, dense: Tensor) -> Tensor:
     """x_b @ dense_b of each sequence: [L, N]."""
     if _can_group(x, dense.shape[2]):
-        return torch.nn.functional.grouped_mm(x.contiguous(), dense.contiguous(), offs=offsets[1:].int())
+        dense = dense if dense.mT.is_contiguous() else dense.contiguous()
+        return torch.nn.functional.grouped_mm(x.contiguous(), dense, offs=offsets[1:].int())
     result = x.new_empty(len(x), dense.shape[2])
     lengths = offsets.diff().tolist()
     for rows, matrix, out in zip(x.split(lengths), dense.unbind(), result.split(lengths), strict=True):

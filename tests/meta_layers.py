@@ -89,7 +89,7 @@ class STULayer(nn.Module):
                 for b, n in enumerate(x_offsets.diff().tolist())
             ]
         )
-        attended = torch.einsum("bhij,bjhd->bihd", weights * seen[:, None], v)
+        attended = torch.einsum("bhij,bjhd->bihd", weights * seen[:, None].to(weights), v)
         attended = jagged(attended, x_offsets).flatten(1)
         groups = heads if self._use_group_norm else 1
         gated = u * _norm(attended, self._output_norm_weight, self._output_norm_bias, groups)

@@ -78,6 +78,12 @@ def test_proves_and_swaps_both_kinds(sequences: tuple[Tensor, ...], options: Any
     assert types(recsys_ops.restore(model)) == plain
 
 
+def test_proves_in_half_precision(sequences: tuple[Tensor, ...]) -> None:
+    model = Sequences().bfloat16()
+    report = recsys_ops.accelerate(model, sequences, measure=timed(2))
+    assert report.accelerated == LAYERS and report.agrees, report
+
+
 def test_swapped_layers_run_as_ours(sequences: tuple[Tensor, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = Sequences(), []
     recsys_ops.accelerate(model, sequences, measure=timed(2))
@@ -108,10 +114,10 @@ def test_slower_layers_are_put_back(sequences: tuple[Tensor, ...]) -> None:
 
 
 class Changed(STULayer):
-    """Does something else under the same name's forward."""
+    """Keeps the forward, and does something else in it."""
 
-    def _seen(self, *args: Any) -> Tensor:
-        return super()._seen(*args).flip(0)
+    def _seen(self, length: int, size: int, targets: int | None) -> Tensor:
+        return super()._seen(length, size, None)
 
 
 def test_a_layer_that_differs_is_put_back(sequences: tuple[Tensor, ...]) -> None:

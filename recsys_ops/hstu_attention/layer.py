@@ -114,7 +114,7 @@ def hstu_layer(
         autocast,
     )
     count = len(ATTENTION_TENSORS)
-    arguments = (rows, x, *_in_dtype(weights, x, dtype), *attention[:count])
+    arguments = (rows, x, *_in_dtype(weights, x, dtype, config), *attention[:count])
     # All is in the dtype that it shall have.
     off = contextlib.nullcontext() if autocast is None else torch.autocast(x.device.type, enabled=False)
     with off:
@@ -157,7 +157,7 @@ def norm_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
 
 
-def _in_dtype(weights: LayerWeights, x: Tensor, dtype: torch.dtype) -> LayerWeights:
+def _in_dtype(weights: LayerWeights, x: Tensor, dtype: torch.dtype, config: LayerConfig) -> LayerWeights:
     def norm(weight: Tensor | None, bias: Tensor | None, normed: torch.dtype, size: int) -> tuple[Any, Any]:
         wanted = norm_dtype(x.device, normed)
         if weight is None:
@@ -168,8 +168,7 @@ def _in_dtype(weights: LayerWeights, x: Tensor, dtype: torch.dtype) -> LayerWeig
         return None if weight is None else weight.to(dtype)
 
     input_norm = norm(weights.input_norm_weight, weights.input_norm_bias, x.dtype, x.shape[1])
-    hidden = weights.output_weight.shape[0]
-    output_norm = norm(weights.output_norm_weight, weights.output_norm_bias, dtype, hidden)
+    output_norm = norm(weights.output_norm_weight, weights.output_norm_bias, dtype, config.hidden)
     return LayerWeights(
         *input_norm,
         product(weights.uvqk_weight),

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from recsys_ops.embedding_bag_collection.torchrec_modules import has_hooks
+from recsys_ops.hstu_attention.arguments import INTEGERS
 from recsys_ops.hstu_attention.bias import RelativeBias
 from recsys_ops.hstu_attention.layer import NAME, hstu_layer, layer_config, with_requests, without_requests
 from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE, LayerWeights
@@ -144,16 +145,8 @@ def forward_as_one(original: type) -> Callable[..., Any]:
         return_cache_states: bool = False,
     ) -> Any:
         size = invalid_attn_mask.shape[-1]
-        plain = delta_x_offsets is None and cache is None and not return_cache_states
-        if (
-            not plain
-            or _why_not_unit(self) is not None
-            or (
-                all_timestamps is not None and all_timestamps.shape[1:] != (self._rel_attn_bias._max_seq_len,)
-            )
-            or (all_timestamps is not None and all_timestamps.shape[1] != size)
-            or not _is_causal(invalid_attn_mask)
-        ):
+        is_plain = delta_x_offsets is None and cache is None and not return_cache_states
+        if not is_plain or not _serves_unit(self, all_timestamps, invalid_attn_mask):
             return theirs(
                 self,
                 x,
@@ -293,6 +286,19 @@ def _why_not_unit(theirs: Any) -> str | None:
     if any(not hasattr(bias, name) for name in ("_ts_w", "_pos_w", "_num_buckets", "_bucketization_fn")):
         return f"its relative bias is a {type(bias).__name__}"
     return None if _boundaries(bias) is not None else "its buckets of times are not ascending ranges"
+
+
+def _serves_unit(theirs: Any, all_timestamps: Tensor | None, mask: Tensor) -> bool:
+    """Whether ours does what the unit would, whatever has changed since the swap."""
+    if _why_not_unit(theirs) is not None or not _is_causal(mask):
+        return False
+    bias, size = theirs._rel_attn_bias, mask.shape[-1]
+    return all_timestamps is None or (
+        bias is not None
+        and bias._max_seq_len == size
+        and all_timestamps.shape[1:] == (size,)
+        and all_timestamps.dtype in INTEGERS
+    )
 
 
 # Of each bias: its function, the device, and the boundaries of its buckets, if it has any.

@@ -141,7 +141,7 @@ def test_numerical_gradients(options: Any, targets_only: bool) -> None:
     assert torch.autograd.gradcheck(call, (x, *layer.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize("options", EVERY[::3])
+@pytest.mark.parametrize("options", EVERY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_errs_no_more_than_twice_the_plain_formula(options: Any, dtype: torch.dtype) -> None:
     exact_layer = layer_of(dtype=torch.float32, **options).to(dtype).double()
@@ -162,7 +162,7 @@ def test_errs_no_more_than_twice_the_plain_formula(options: Any, dtype: torch.dt
         assert error <= 2 * allowed + 2 * torch.finfo(dtype).eps * size
 
 
-@pytest.mark.parametrize("options", EVERY[::3])
+@pytest.mark.parametrize("options", EVERY)
 def test_autocast_computes_low_and_adds_high(options: Any) -> None:
     layer, x = layer_of(dtype=torch.float32, **options), x_of(torch.float32)
     expected = plain(layer, x)
