@@ -114,11 +114,7 @@ class HSTULayerFunction(torch.autograd.Function):
             survivors,
             *((None,) * 3 if "normed_x" in config.recompute else normed_x),
             *((None,) * 4 if "y" in config.recompute else (y, *normed)),
-            *(
-                (None,) * 2
-                if "uvqk" in config.recompute
-                else (packed[0], None if rows is None else packed[1])
-            ),
+            *((None,) * 2 if "uvqk" in config.recompute else (*packed, None)[:2]),
         )
         ctx.save_for_backward(rows, x, *tensors, *kept)
         ctx.config, ctx.options, ctx.backend = config, options, backend
@@ -163,10 +159,9 @@ class HSTULayerFunction(torch.autograd.Function):
             grad_x.add_(grads[0])
         else:
             grad_x.index_add_(0, rows, grads[0])
+        of_bias = dict(zip(("position_weight", "time_weight"), grads_bias, strict=True))
         grads_attention = [
-            grads_bias[("position_weight", "time_weight").index(name)]
-            if name in ("position_weight", "time_weight") and tensor is not None
-            else None
+            None if tensor is None else of_bias.get(name)
             for name, tensor in zip(ATTENTION_TENSORS, attention, strict=True)
         ]
         return None, None, None, None, grad_x, *grads_input, *grads_output, *grads_attention

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import recsys_ops
 from recsys_ops import HSTUMask
+from recsys_ops.hstu_attention import autograd
+from recsys_ops.hstu_attention.api import choose
 from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE
 from recsys_ops.nn import HSTU, HSTULayer
 
@@ -235,6 +237,31 @@ def test_keeps_only_what_is_not_recomputed() -> None:
     assert kept_bytes(("normed_x", "y")) == least + 4 * 32  # U, V, Q and K
     assert kept_bytes(("uvqk", "y")) == least + 32 + 2  # norm(x), mean and 1 / standard deviation
     assert kept_bytes(("uvqk", "normed_x")) == least + 4 * 32 + 2  # U, A, Y; norm(A) and its statistics
+
+
+@pytest.mark.parametrize(
+    ("options", "targets_only"), [(EVERY[0], False), (EVERY[3], False), (EVERY[0], True)]
+)
+def test_kernels_read_and_write_views_of_one_projection(
+    options: Any, targets_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Tensor, ...]] = []
+    layer, x = layer_of(**options), x_of()
+    kernels = autograd.KERNELS[choose(x, None)]
+    plain_backward = kernels.hstu_attention_backward
+
+    def backward(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return plain_backward(*arguments)
+
+    monkeypatch.setattr(kernels, "hstu_attention_backward", backward)
+    layer(x, OFFSETS, mask=MASK, timestamps=times_of(layer), targets_only=targets_only).sum().backward()
+    ((grad_q, grad_k, grad_v, _, q, k, v, *_),) = seen
+    for of_q, of_k, of_v in ((grad_q, grad_k, grad_v), (q, k, v)):
+        memory = [part.untyped_storage().data_ptr() for part in (of_q, of_k, of_v)]
+        assert memory[1] == memory[2] and (memory[0] == memory[1]) is not targets_only
+        assert not of_q.is_contiguous()
+    assert len(q) == (6 if targets_only else 13)
 
 
 def test_scale_and_intervals_of_each_row() -> None:
