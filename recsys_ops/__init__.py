@@ -15,6 +15,10 @@ __all__ = [
     "explain",
     "hstu_attention",
     "hstu_attention_cached",
+    "jagged_concat",
+    "jagged_dense_bmm",
+    "jagged_last_rows",
+    "jagged_split",
     "nn",
     "optim",
     "quantize",
@@ -49,3 +53,4 @@ else:
     from recsys_ops.hstu_attention.bias import RelativeBias, TimeBucketing
     from recsys_ops.hstu_attention.cached import hstu_attention_cached, quantize_cache
     from recsys_ops.hstu_attention.masks import HSTUMask
+    from recsys_ops.jagged import jagged_concat, jagged_dense_bmm, jagged_last_rows, jagged_split

@@ -1,4 +1,4 @@
-"""Swaps the lookups of an existing model for faster ones, and keeps those that prove themselves."""
+"""Swaps lookups and layers of an existing model for faster ones, and keeps those that prove themselves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,14 @@ from recsys_ops.acceleration.checks import (
     measure_model,
     model_parity,
 )
-from recsys_ops.acceleration.find import FoundCollection, FoundLookup, Selection, find_lookups
+from recsys_ops.acceleration.find import (
+    FoundCollection,
+    FoundLayer,
+    FoundLookup,
+    Selection,
+    find_lookups,
+)
+from recsys_ops.acceleration.layers import capture_layers, layer_parity, measure_layer, without_dropout
 from recsys_ops.acceleration.report import (
     DECLINED,
     JOINED,
@@ -57,7 +64,7 @@ def accelerate(
     measure: Measure = measure,
     progress: Progress | None = None,
 ) -> AccelerateReport:
-    """Swap the pooled lookups of a model in place for those of ``recsys_ops``, and keep what proves itself.
+    """Swap lookups and layers of a model in place for those of ``recsys_ops``, and keep what proves itself.
 
     Swapped are ``nn.EmbeddingBag`` (and subclasses that keep its forward), and ``nn.Embedding`` where a
     method of the module around it takes the sum or mean of the looked-up rows over dimension 1 or -2.
@@ -65,7 +72,9 @@ def accelerate(
     ``FusedEmbeddingBagCollection``, whose optimizer and its state stay where they are; and the bags in an
     ``nn.ModuleList`` or ``nn.ModuleDict`` that a method calls one after the other, in a comprehension
     ``[bag(x) for …]`` or a loop that appends to a new list. The operands of such a loop are
-    evaluated first. A swap changes the class of the instance: parameters, hooks, state-dict keys, and
+    evaluated first. The layers of Meta's Generative Recommenders, ``STULayer`` and
+    ``SequentialTransductionUnitJagged``, become ours as a whole; those known by their names alone only with
+    ``sample_inputs``. A swap changes the class of the instance: parameters, hooks, state-dict keys, and
     references that optimizers or wrappers hold stay what they are. Whatever is not certain to be the
     same is declined, and the report says why. Accelerate first and compile or wrap the model afterwards;
     restore before scripting.
@@ -77,7 +86,8 @@ def accelerate(
     few times their error. A swap is kept if the median speedup (of forward + backward for a trained module
     in training mode, else of forward) exceeds 1 and its 95 % interval lies above 0.98; the rest is put back.
     A collection is measured against its bags as they are kept by themselves. These runs leave no trace in
-    buffers, gradients, attributes or random state, nor in tables that train in the backward.
+    buffers, gradients, attributes or random state, nor in tables that train in the backward. A layer that
+    drops elements in training does not while results are compared.
 
     Args:
         model: any module; changed in place.
@@ -103,7 +113,7 @@ def accelerate(
         EmbeddingBag(100, 8, mode='sum')
     """
     _check_module(model, "accelerate")
-    lookups = find_lookups(model, include, exclude)
+    lookups = find_lookups(model, include, exclude, proved=sample_inputs is not None)
     candidates = [lookup for lookup in lookups if lookup.parts]
     if sample_inputs is None:
         outcome = AccelerateReport(tuple(_joined(candidates, [c.report(SWAPPED) for c in candidates])))
@@ -201,7 +211,8 @@ def _prove(
     progress: Progress,
 ) -> AccelerateReport:
     """Judge each candidate by itself, then the model with all that hold; leaves some of them swapped."""
-    alone = [c for c in candidates if not isinstance(c, FoundCollection)]
+    layers = [c for c in candidates if isinstance(c, FoundLayer)]
+    alone = [c for c in candidates if not isinstance(c, (FoundCollection, FoundLayer))]
     collections = [c for c in candidates if isinstance(c, FoundCollection)]
     with untouched(model):
         calls = capture(model, batches, [(lookup.module, lookup.parts) for lookup in alone])
@@ -211,13 +222,20 @@ def _prove(
             together = capture_together(
                 model, batches, [(c.module, c.parts, c.collected) for c in collections]
             )
+    of_layers: dict[int, list[Any]] = {}
+    if layers:
+        with untouched(model):
+            of_layers = capture_layers(model, batches, [layer.module for layer in layers])
     found: dict[int, ModuleReport] = {}
-    for done, lookup in enumerate([*alone, *collections]):
+    for done, lookup in enumerate([*alone, *collections, *layers]):
         progress(done, len(candidates), lookup.name)
         if isinstance(lookup, FoundCollection):
             faster = [c.module for c in alone if found[id(c)].status == KEPT]
             with untouched(model):
                 found[id(lookup)] = _judge_collection(lookup, together[id(lookup.module)], faster, measure)
+        elif isinstance(lookup, FoundLayer):
+            with untouched(model):
+                found[id(lookup)] = _judge_layer(lookup, of_layers[id(lookup.module)], measure)
         else:
             found[id(lookup)] = _judge(lookup, calls[id(lookup.module)], measure)
     reports = _joined(candidates, [found[id(lookup)] for lookup in candidates])
@@ -233,7 +251,8 @@ def _prove(
     moved = [
         (m, lookup.error) for lookup in kept for m in getattr(lookup, "collected", ()) or [lookup.module]
     ]
-    parity = model_parity(model, batches, switch, moved)
+    with without_dropout([layer.module for layer in layers]):
+        parity = model_parity(model, batches, switch, moved)
     if not parity.holds:
         reason = f"the whole model differs: {parity.detail}"
         reports = [
@@ -251,6 +270,16 @@ def _judge(lookup: FoundLookup, calls: Sequence[Call], measure: Measure) -> Modu
     if not parity.holds:
         return lookup.report(PUT_BACK, reason=f"it differs: {parity.detail}", parity=parity)
     return _decide(lookup, parity, *measure_lookup(lookup.module, calls, measure))
+
+
+def _judge_layer(lookup: FoundLayer, calls: Sequence[Any], measure: Measure) -> ModuleReport:
+    """The same of a layer that becomes ours as a whole."""
+    if not calls:
+        return lookup.report(PUT_BACK, reason="the sample inputs never reach it")
+    parity, lookup.error = layer_parity(lookup.module, calls)
+    if not parity.holds:
+        return lookup.report(PUT_BACK, reason=f"it differs: {parity.detail}", parity=parity)
+    return _decide(lookup, parity, *measure_layer(lookup.module, calls, measure))
 
 
 def _judge_collection(

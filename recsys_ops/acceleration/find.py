@@ -26,6 +26,7 @@ from recsys_ops.embedding_bag_collection.torchrec_modules import (
     torchrec_class,
     why_not_ours,
 )
+from recsys_ops.hstu_attention import meta_modules
 
 Selection = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -60,7 +61,17 @@ class FoundCollection(FoundLookup):
         return torchrec_class(self.module) is not None
 
 
-def find_lookups(model: nn.Module, include: Selection, exclude: Selection) -> list[FoundLookup]:
+@dataclasses.dataclass
+class FoundLayer(FoundLookup):
+    """A layer that is no lookup: one of Meta's HSTU layers."""
+
+    module: Any
+
+
+def find_lookups(
+    model: nn.Module, include: Selection, exclude: Selection, proved: bool = True
+) -> list[FoundLookup]:
+    """What may be swapped, and what may not and why; with ``proved`` also what is known by its name alone."""
     included, excluded = _predicate("include", include, True), _predicate("exclude", exclude, False)
     names: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
@@ -78,6 +89,8 @@ def find_lookups(model: nn.Module, include: Selection, exclude: Selection) -> li
             found = loops.collection(name, module)
             if found is None:
                 continue
+        elif meta_modules.kind_of(module) is not None:
+            found = _layer(name, module, proved)
         if found is not None:
             kind, parts, reason = found.kind, found.parts, found.reason
         elif isinstance(module, nn.EmbeddingBag):
@@ -103,7 +116,7 @@ def find_lookups(model: nn.Module, include: Selection, exclude: Selection) -> li
         ):
             reason = "a table of it is in exclude"
         fresh = tuple({id(part): part for part in parts if not is_swapped(part)}.values())
-        if isinstance(found, FoundCollection):
+        if found is not None:
             lookups.append(dataclasses.replace(found, reason=reason or "", parts=() if reason else fresh))
         else:
             lookups.append(FoundLookup(name, module, kind, reason or "", () if reason else fresh))
@@ -119,6 +132,21 @@ def _torchrec_collection(name: str, module: Any) -> FoundCollection:
     else:
         reason = why_not_subclassed(type(module)) or why_not_ours(module)
     return FoundCollection(name, module, kind, reason or "", (module,), bags=bags)
+
+
+def _layer(name: str, module: Any, proved: bool) -> FoundLayer:
+    kind = meta_modules.kind_of(module)
+    assert kind is not None
+    reason: str | None
+    if isinstance(module, meta_modules.Accelerated):
+        reason = "already accelerated"
+    else:
+        reason = why_not_subclassed(type(module)) or meta_modules.why_not_swapped(module)
+    if not reason and any(p.dtype == torch.float64 for p in module.parameters()):
+        reason = "it is float64, and nothing more exact is at hand to judge it"
+    if not reason and not proved and not meta_modules.is_certain(module):
+        reason = f"its {kind.name} is not {kind.where}'s: to be proved with sample_inputs"
+    return FoundLayer(name, module, kind.label, reason or "", (module,))
 
 
 class _Loops:

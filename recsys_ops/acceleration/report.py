@@ -19,12 +19,13 @@ _STYLES = {SWAPPED: "green", KEPT: "green", PUT_BACK: "yellow", DECLINED: "dim",
 
 @dataclasses.dataclass(frozen=True)
 class ModuleReport:
-    """What happened to one lookup.
+    """What happened to one lookup or layer.
 
     Attributes:
         name: qualified name of the module.
         kind: what it computes, for example ``"EmbeddingBag sum"``, ``"Embedding + mean"``, or of many
-            tables ``"collection of 26"``, ``"fused collection of 26"``, ``"loop of 26 bags"``.
+            tables ``"collection of 26"``, ``"fused collection of 26"``, ``"loop of 26 bags"``, or of
+            Meta's layers ``"STU layer"`` and ``"HSTU layer"``.
         status: ``"swapped"`` without a check, for lack of sample inputs; ``"kept"``: swapped, proved and
             faster; ``"put back"``: swapped, then found wrong, not faster, or not reached by the samples;
             ``"declined"``: never swapped; ``"joined"``: one of the lookups of a collection that is
@@ -50,7 +51,7 @@ class AccelerateReport:
     """What ``accelerate`` did to a model; ``str()`` gives a table.
 
     Attributes:
-        modules: one entry per lookup, in the order of ``named_modules``.
+        modules: one entry per lookup or layer, in the order of ``named_modules``.
         forward, step, parity: as in ``ModuleReport``, of the whole model with the swaps that it ended up
             with; None where it ended up with none or had no sample inputs.
     """
@@ -91,7 +92,7 @@ class AccelerateReport:
         from rich.text import Text
 
         if not self.modules:
-            yield Text("No lookups found: no EmbeddingBag, and no Embedding.")
+            yield Text("No lookups found: no EmbeddingBag, no Embedding, and no layer of HSTU.")
             return
         measured = any(m.forward or m.parity for m in self.modules)
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -112,7 +113,8 @@ class AccelerateReport:
 
     def _summary(self) -> str:
         alone = [m for m in self.modules if m.status != JOINED]
-        lines = [f"\n{len(self.accelerated)} of {len(alone)} lookups swapped."]
+        what = "lookups and layers" if any(m.kind.endswith(" layer") for m in alone) else "lookups"
+        lines = [f"\n{len(self.accelerated)} of {len(alone)} {what} swapped."]
         if not self.agrees:
             lines.append("What moved further than its budget was put back.")
         elif self.parity is not None:

@@ -18,6 +18,7 @@ from recsys_ops.embedding_bag_collection.torchrec_modules import (
     forward_at_once,
     torchrec_class,
 )
+from recsys_ops.hstu_attention import meta_modules
 
 _ORIGINAL = "_recsys_ops_original"  # on a swapped instance, and on a subclass made for one: the class before
 _ACCELERATED: dict[type, type] = {nn.EmbeddingBag: EmbeddingBag, nn.Embedding: PooledEmbedding}
@@ -89,7 +90,7 @@ def _is_current(known: type, original: type) -> bool:
     """Whether the methods rewritten for ``known`` are still those of ``original``."""
     functions = {name: f for name, f in vars(known).items() if isinstance(f, types.FunctionType)}
     del functions["__reduce_ex__"]
-    own_forward = issubclass(known, (EmbeddingBag, Accelerated))
+    own_forward = issubclass(known, (EmbeddingBag, Accelerated, meta_modules.Accelerated))
     return own_forward or functions == rewritten_methods(original).functions
 
 
@@ -106,6 +107,9 @@ def _subclass(original: Any) -> type:
     elif torchrec_class(original) is not None:
         bases = (original, Accelerated)
         namespace["forward"] = forward_at_once(original)
+    elif meta_modules.kind_of(original) is not None:
+        bases = (original, meta_modules.Accelerated)
+        namespace["forward"] = meta_modules.forward_as_one(original)
     else:
         namespace.update(rewritten_methods(original).functions)
         namespace[pooling.HELPER] = staticmethod(pooling.pooled_lookup)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 from typing import Any
 
 import torch
@@ -21,14 +20,10 @@ from recsys_ops.backends import (
 )
 from recsys_ops.hstu_attention import autograd, reference
 from recsys_ops.hstu_attention.arguments import (
+    attention_arguments,
     autocast_dtype,
-    bias_tensors,
     cast,
     check_tensors,
-    checked_intervals,
-    per_sequence,
-    seed_of,
-    split_scale,
 )
 from recsys_ops.hstu_attention.autograd import FAKES, HSTUAttentionFunction
 from recsys_ops.hstu_attention.bias import RelativeBias
@@ -104,33 +99,10 @@ def hstu_attention(
             f"{NAME}: expected as many rows of q as of k, {k.shape[0]}, without query_offsets, "
             f"got {q.shape[0]}"
         )
-    if query_offsets is not None:
-        query_offsets = query_offsets.contiguous()
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"{NAME}: expected dropout in [0, 1), got {dropout}")
-    scale, row_scale = split_scale(NAME, scale, q)
-    arguments = (
-        q,
-        k,
-        v,
-        query_offsets,
-        offsets.contiguous(),
-        row_scale,
-        per_sequence(NAME, "num_contextual", mask.num_contextual, offsets),
-        per_sequence(NAME, "num_targets", mask.num_targets, offsets),
-        checked_intervals(NAME, mask.intervals, q),
-        *bias_tensors(NAME, bias, q, k.shape[0], autocast),
-        seed_of(NAME, dropout, dropout_seed, q),
-        scale,
-        1 / math.sqrt(q.shape[2]) if alpha is None else float(alpha),
-        mask.causal,
-        mask.window or 0,
-        mask.target_group_size,
-        mask.full_window_tail,
-        bias is None or bias.next_timestamps,
-        float(dropout),
+    arguments = attention_arguments(
+        NAME, q, k.shape[0], offsets, query_offsets, scale, alpha, mask, bias, dropout, dropout_seed, autocast
     )
-    return HSTUAttentionFunction.apply(*arguments, choose(q, backend))
+    return HSTUAttentionFunction.apply(q, k, v, *arguments, choose(q, backend))
 
 
 def choose(q: Tensor, backend: str | None) -> str:

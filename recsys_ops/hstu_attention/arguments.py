@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from recsys_ops._library import names_of
 from recsys_ops.hstu_attention.bias import RelativeBias, boundaries_of
+from recsys_ops.hstu_attention.masks import HSTUMask
 from recsys_ops.hstu_attention.reference import accumulate_type
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -66,6 +70,10 @@ def check_tensors(
             raise ValueError(
                 f"{op}: expected {name} with 1 to {MAX_HEAD_DIM} columns for each head, got {size}"
             )
+    check_offsets(op, offsets, query_offsets, q)
+
+
+def check_offsets(op: str, offsets: Tensor, query_offsets: Tensor | None, q: Tensor) -> None:
     for name, given in (("offsets", offsets), ("query_offsets", query_offsets)):
         if given is None:
             continue
@@ -73,6 +81,44 @@ def check_tensors(
             expected = "[B + 1]" if given is offsets else str(list(offsets.shape))
             raise refuse_shape(op, name, expected, given)
         check_integers(op, name, given, q)
+
+
+def attention_arguments(
+    op: str,
+    q: Tensor,
+    num_keys: int,
+    offsets: Tensor,
+    query_offsets: Tensor | None,
+    scale: float | Tensor,
+    alpha: float | None,
+    mask: HSTUMask,
+    bias: RelativeBias | None,
+    dropout: float,
+    dropout_seed: int | Tensor | None,
+    autocast: torch.dtype | None,
+) -> tuple[Any, ...]:
+    """What kernels take after q, k and v, checked; of q only what it is like matters, not its values."""
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"{op}: expected dropout in [0, 1), got {dropout}")
+    scale, row_scale = split_scale(op, scale, q)
+    return (
+        None if query_offsets is None else query_offsets.contiguous(),
+        offsets.contiguous(),
+        row_scale,
+        per_sequence(op, "num_contextual", mask.num_contextual, offsets),
+        per_sequence(op, "num_targets", mask.num_targets, offsets),
+        checked_intervals(op, mask.intervals, q),
+        *bias_tensors(op, bias, q, num_keys, autocast),
+        seed_of(op, dropout, dropout_seed, q),
+        scale,
+        1 / math.sqrt(q.shape[2]) if alpha is None else float(alpha),
+        mask.causal,
+        mask.window or 0,
+        mask.target_group_size,
+        mask.full_window_tail,
+        bias is None or bias.next_timestamps,
+        float(dropout),
+    )
 
 
 def split_scale(op: str, scale: float | Tensor, q: Tensor) -> tuple[float, Tensor | None]:
