@@ -6,6 +6,15 @@
 
 #include "simd_math.h"
 
+namespace recsys_ops {
+
+// Two neighbours of bfloat16, the first in the low half: products of pairs are added two at a time.
+struct Pair {
+  uint32_t bits;
+};
+
+}  // namespace recsys_ops
+
 namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL {
 
 // Rows and vectors of the result that are held in registers: of 16 or 32 of these, some must be left.
@@ -16,14 +25,30 @@ constexpr int tile_rows = 8;
 #endif
 constexpr int tile_vectors = 2;
 
+// Numbers of the depth that an element of a matrix holds.
+template <class E>
+constexpr int packed = std::is_same_v<E, Pair> ? 2 : 1;
+
+// sum + left * right of pairs, by an instruction that not every machine of the level has: the compiler is
+// not told of it.
+template <int LANES>
+RECSYS_OPS_INLINE Vector<float, LANES> add_products_of_pairs(
+    Pair left, Vector<uint32_t, LANES> right, Vector<float, LANES> sum) {
+#if defined(__AVX512F__)
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(right), "v"(broadcast<LANES>(left.bits)));
+#endif
+  return sum;
+}
+
 // How the left matrix A lies in memory: A(m, k) = a[m * stride + k], or a[k * stride + m].
 enum class Left { by_row, by_column };
 
-template <Left LEFT, int ROWS, int VECTORS, class A>
+template <Left LEFT, int ROWS, int VECTORS, class E, class A>
 RECSYS_OPS_INLINE void multiply_tile(
-    const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride, bool add) {
+    const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride, bool add) {
   constexpr int lanes = full_lanes<A>;
   using V = Vector<A, lanes>;
+  using Right = Vector<std::conditional_t<std::is_same_v<E, Pair>, uint32_t, A>, lanes>;
   V sum[ROWS][VECTORS];
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m) {
@@ -33,23 +58,27 @@ RECSYS_OPS_INLINE void multiply_tile(
     }
   }
   const int64_t row = LEFT == Left::by_row ? a_stride : 1, step = LEFT == Left::by_row ? 1 : a_stride;
-  const A* of_row[ROWS];
+  const E* of_row[ROWS];
 #pragma GCC unroll 8
   for (int m = 0; m < ROWS; ++m) {
     of_row[m] = a + m * row;
   }
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
-    V right[VECTORS];
+    Right right[VECTORS];
 #pragma GCC unroll 2
     for (int v = 0; v < VECTORS; ++v) {
-      right[v] = load<lanes>(b + v * lanes);
+      __builtin_memcpy(&right[v], b + v * lanes, sizeof(Right));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < ROWS; ++m) {
-      const V left = broadcast<lanes>(of_row[m][k * step]);
+      const E left = of_row[m][k * step];
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) {
-        sum[m][v] = multiply_add<lanes, A>(left, right[v], sum[m][v]);
+        if constexpr (std::is_same_v<E, Pair>) {
+          sum[m][v] = add_products_of_pairs<lanes>(left, right[v], sum[m][v]);
+        } else {
+          sum[m][v] = multiply_add<lanes, A>(broadcast<lanes>(left), right[v], sum[m][v]);
+        }
       }
     }
   }
@@ -62,9 +91,9 @@ RECSYS_OPS_INLINE void multiply_tile(
   }
 }
 
-template <Left LEFT, int ROWS, int VECTORS, class A>
+template <Left LEFT, int ROWS, int VECTORS, class E, class A>
 RECSYS_OPS_INLINE void multiply_last_rows(
-    int64_t rows, const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride,
+    int64_t rows, const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride,
     bool add) {
   if constexpr (ROWS > 0) {
     if (rows == ROWS) {
@@ -74,9 +103,9 @@ RECSYS_OPS_INLINE void multiply_last_rows(
   }
 }
 
-template <Left LEFT, int VECTORS, class A>
+template <Left LEFT, int VECTORS, class E, class A>
 void multiply_strip(
-    int64_t rows, const A* a, int64_t a_stride, const A* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride,
+    int64_t rows, const E* a, int64_t a_stride, const E* b, int64_t b_stride, int64_t depth, A* c, int64_t c_stride,
     bool add) {
   const int64_t step = LEFT == Left::by_row ? a_stride : 1;
   int64_t m = 0;
@@ -88,10 +117,11 @@ void multiply_strip(
       rows - m, a + m * step, a_stride, b, b_stride, depth, c + m * c_stride, c_stride, add);
 }
 
-// C [rows, vectors * lanes] = A [rows, depth] B [depth, vectors * lanes], or that added to C.
-template <Left LEFT, class A>
+// C [rows, vectors * lanes] = A [rows, depth] B [depth, vectors * lanes], or that added to C. Of pairs, depth
+// and strides of A and B count pairs.
+template <Left LEFT, class E, class A>
 RECSYS_OPS_INLINE void multiply(
-    int64_t rows, int64_t vectors, int64_t depth, const A* a, int64_t a_stride, const A* b, int64_t b_stride, A* c,
+    int64_t rows, int64_t vectors, int64_t depth, const E* a, int64_t a_stride, const E* b, int64_t b_stride, A* c,
     int64_t c_stride, bool add) {
   constexpr int lanes = full_lanes<A>;
   int64_t v = 0;

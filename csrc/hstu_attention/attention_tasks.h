@@ -40,12 +40,19 @@ struct Parts {
 
 template <class A>
 struct AttentionTasks {
+  using Forward = void (*)(const Attention& attention, const Task& task, void* output, Scratch& scratch);
+  using Backward = void (*)(
+      const Attention& attention, const Gradients& gradients, const Task& task, const Parts& parts, Scratch& scratch);
+
   // Writes output [M, H, V], contiguous.
-  void (*forward)(const Attention& attention, const Task& task, void* output, Scratch& scratch);
+  Forward forward;
 
   // Writes the gradients of the task's keys, and of q unless parts.grad_q takes them.
-  void (*backward)(
-      const Attention& attention, const Gradients& gradients, const Task& task, const Parts& parts, Scratch& scratch);
+  Backward backward;
+
+  // The same of bfloat16, by products of pairs; null where the level has none.
+  Forward forward_of_pairs;
+  Backward backward_of_pairs;
 };
 
 RECSYS_OPS_DECLARE_FOR_LEVELS(AttentionTasks, attention_tasks)

@@ -37,6 +37,16 @@ void run(const Attention& attention, const std::vector<Task>& tasks, const F& f)
   });
 }
 
+// Whether this machine can multiply pairs of bfloat16, and they are what it is given.
+bool multiplies_pairs(const Attention& attention) {
+#if defined(RECSYS_OPS_X86)
+  static const bool has_instruction = __builtin_cpu_supports("avx512bf16");
+  return has_instruction && attention.dtype == DType::bfloat16;
+#else
+  return false;
+#endif
+}
+
 template <class F>
 void dispatch_sums(DType dtype, const F& f) {
   if (dtype == DType::float64) {
@@ -177,7 +187,9 @@ void forward(const Attention& attention, int64_t num_rows, int64_t num_keys, voi
   const std::vector<Task> tasks = forward_tasks(attention, sequences, torch::stable::get_num_threads());
   dispatch_sums(attention.dtype, [&](auto* type) {
     const auto& kernels = attention_tasks<std::remove_pointer_t<decltype(type)>>();
-    run(attention, tasks, [&](int64_t i, Scratch& scratch) { kernels.forward(attention, tasks[i], output, scratch); });
+    const auto kernel =
+        multiplies_pairs(attention) && kernels.forward_of_pairs ? kernels.forward_of_pairs : kernels.forward;
+    run(attention, tasks, [&](int64_t i, Scratch& scratch) { kernel(attention, tasks[i], output, scratch); });
   });
 }
 
@@ -187,9 +199,12 @@ void backward(const Attention& attention, const Gradients& gradients, int64_t nu
   dispatch_sums(attention.dtype, [&](auto* type) {
     using A = std::remove_pointer_t<decltype(type)>;
     const auto& kernels = attention_tasks<A>();
+    // With scales of rows, weights would be rounded once more than the contract has it.
+    const bool takes_pairs = multiplies_pairs(attention) && kernels.backward_of_pairs && !attention.row_scale;
+    const auto kernel = takes_pairs ? kernels.backward_of_pairs : kernels.backward;
     const Remainders<A> remainders(attention, gradients, tasks);
     run(attention, tasks, [&](int64_t i, Scratch& scratch) {
-      kernels.backward(attention, gradients, tasks[i], remainders.of(i), scratch);
+      kernel(attention, gradients, tasks[i], remainders.of(i), scratch);
     });
     remainders.add_up();
   });

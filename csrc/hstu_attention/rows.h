@@ -11,25 +11,20 @@ using namespace recsys_ops::RECSYS_OPS_SIMD_LEVEL;
 
 constexpr int64_t rows_ahead = 8;  // of the one that is read, on their way
 
-template <class A>
-RECSYS_OPS_INLINE int64_t padded(int64_t columns) {
-  return (columns + full_lanes<A> - 1) / full_lanes<A> * full_lanes<A>;
-}
-
-// A row of `columns` numbers from memory of type T, times a factor; zeros up to the next full vector.
+// A row of `columns` numbers from memory of type T; zeros up to the width.
 template <class A, class T>
-RECSYS_OPS_INLINE void unpack_row(const T* from, int64_t stride, int64_t columns, A factor, A* to) {
+RECSYS_OPS_INLINE void unpack_row(const T* from, int64_t stride, int64_t columns, int64_t width, A* to) {
   constexpr int lanes = full_lanes<A>;
   int64_t d = 0;
   if (stride == 1) {
     for (; d + lanes <= columns; d += lanes) {
-      store<lanes>(to + d, load<lanes>(from + d) * broadcast<lanes>(factor));
+      store<lanes>(to + d, load<lanes>(from + d));
     }
   }
   for (; d < columns; ++d) {
-    to[d] = load<1>(from + d * stride)[0] * factor;
+    to[d] = load<1>(from + d * stride)[0];
   }
-  for (; d < padded<A>(columns); ++d) {
+  for (; d < width; ++d) {
     to[d] = 0;
   }
 }
@@ -48,29 +43,27 @@ RECSYS_OPS_INLINE void dispatch_elements(DType dtype, const F& f) {
   }
 }
 
-// Rows [first, first + count) of a head, row i times factor(i): to [count, padded(columns)].
-template <class A, class Factor>
+// Rows [first, first + count) of a head: to [count, width].
+template <class A>
 RECSYS_OPS_INLINE void unpack_rows(
-    DType dtype, const Tensor3& tensor, int64_t head, int64_t first, int64_t count, int64_t columns, A* to,
-    const Factor& factor) {
-  const int64_t width = padded<A>(columns);
+    DType dtype, const Tensor3& tensor, int64_t head, int64_t first, int64_t count, int64_t columns, int64_t width,
+    A* to) {
   dispatch_elements<A>(dtype, [&](auto* type) __attribute__((always_inline)) {
     const auto* data = static_cast<decltype(type)>(tensor.data) + head * tensor.head;
     for (int64_t i = 0; i < count; ++i) {
       const auto* row = data + (first + i) * tensor.row;
       prefetch(row + rows_ahead * tensor.row, columns * sizeof(*type));
-      unpack_row<A>(row, tensor.column, columns, factor(i), to + i * width);
+      unpack_row<A>(row, tensor.column, columns, width, to + i * width);
     }
   });
 }
 
-// The same the other way round: from [count, padded(columns)] to the tensor.
+// The same the other way round, row i times factor_of(i).
 template <class A, class Factor>
 RECSYS_OPS_INLINE void pack_rows(
-    DType dtype, const Tensor3& tensor, int64_t head, int64_t first, int64_t count, int64_t columns, const A* from,
-    const Factor& factor_of) {
+    DType dtype, const Tensor3& tensor, int64_t head, int64_t first, int64_t count, int64_t columns, int64_t width,
+    const A* from, const Factor& factor_of) {
   constexpr int lanes = full_lanes<A>;
-  const int64_t width = padded<A>(columns);
   dispatch_elements<A>(dtype, [&](auto* type) __attribute__((always_inline)) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     T* data = const_cast<T*>(static_cast<const T*>(tensor.data)) + head * tensor.head;
@@ -180,29 +173,34 @@ RECSYS_OPS_INLINE CachePlace place_in_cache(
   return {page * cache.page + place * cache.rows.row, page * size + place};
 }
 
-// Rows of k or v of the tokens [first, first + count) of a sequence: to [count, padded(columns)].
+// Rows of k or v of the tokens [first, first + count) of a sequence: to [count, width].
 template <class A>
 RECSYS_OPS_INLINE void unpack_keys(
     const Attention& attention, const Tensor3& fresh, const Cache& cache, const Sequence& sequence, int64_t head,
-    int64_t first, int64_t count, int64_t columns, A* to) {
-  const auto one = [](int64_t) { return A{1}; };
+    int64_t first, int64_t count, int64_t columns, int64_t width, A* to) {
   if (!attention.cached) {
-    return unpack_rows(attention.dtype, fresh, head, sequence.first_token + first, count, columns, to, one);
+    return unpack_rows(attention.dtype, fresh, head, sequence.first_token + first, count, columns, width, to);
   }
-  const int64_t width = padded<A>(columns);
   const int64_t cached = std::clamp<int64_t>(sequence.first_position() - first, 0, count);
   const auto unpack = [&](auto* type) __attribute__((always_inline)) {
+    using Source = std::conditional_t<std::is_same_v<decltype(type), const double*>, double, float>;
     const auto* data = static_cast<decltype(type)>(cache.rows.data) + head * cache.rows.head;
     for (int64_t i = 0; i < cached; ++i) {
       const CachePlace place = place_in_cache(attention, cache, sequence.index, first + i);
-      const A factor = cache.scales ? static_cast<const A*>(cache.scales)[place.scale * attention.heads + head] : A{1};
-      if constexpr (sizeof(A) == sizeof(double) && !std::is_same_v<decltype(type), const double*>) {
-        for (int64_t d = 0; d < width; ++d) {
-          const A number = d < columns ? load<1>(data + place.element + d * cache.rows.column)[0] : 0;
-          to[i * width + d] = number * factor;
-        }
+      const auto* row = data + place.element;
+      A* numbers = to + i * width;
+      if constexpr (std::is_same_v<Source, A>) {
+        unpack_row<A>(row, cache.rows.column, columns, width, numbers);
       } else {
-        unpack_row<A>(data + place.element, cache.rows.column, columns, factor, to + i * width);
+        for (int64_t d = 0; d < width; ++d) {
+          numbers[d] = d < columns ? load<1>(row + d * cache.rows.column)[0] : 0;
+        }
+      }
+      if (cache.scales) {
+        const A factor = static_cast<const A*>(cache.scales)[place.scale * attention.heads + head];
+        for (int64_t d = 0; d < columns; ++d) {
+          numbers[d] *= factor;
+        }
       }
     }
   };
@@ -212,7 +210,7 @@ RECSYS_OPS_INLINE void unpack_keys(
     case CacheType::same: dispatch_elements<A>(attention.dtype, unpack); break;
   }
   const int64_t row = sequence.first_row + first + cached - sequence.first_position();
-  unpack_rows(attention.dtype, fresh, head, row, count - cached, columns, to + cached * width, one);
+  unpack_rows(attention.dtype, fresh, head, row, count - cached, columns, width, to + cached * width);
 }
 
 }  // namespace recsys_ops::hstu_attention::RECSYS_OPS_SIMD_LEVEL
