@@ -16,6 +16,7 @@ FLAGS = ["-std=c++17", "-O1", "-fno-wrapv", "-w"]
 SOURCES = {
     "embedding_bag": ["bag_pooling.cpp", "gradient_pooling.cpp"],
     "embedding_bag_collection": ["quantized_pooling.cpp", "row_update.cpp"],
+    "hstu_attention": ["attention_tasks.cpp"],
 }
 
 
