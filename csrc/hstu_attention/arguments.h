@@ -154,6 +154,7 @@ inline void add_cache(
   const bool is_paged = page_table.has_value();
   STD_TORCH_CHECK(is_paged != cache_starts.has_value(), op, ": expected one of cache_starts and page_table");
   attention.cached = true;
+  attention.paged = is_paged;
   attention.key_cache = cache_of("key_cache", key_cache, key_scales, is_paged, q);
   attention.value_cache = cache_of("value_cache", value_cache, value_scales, is_paged, q);
   attention.cache_starts = optional_integers("cache_starts", cache_starts);

@@ -54,9 +54,9 @@ struct Attention {
   const int64_t* dropout_seed;  // or null
 
   // k and v have new rows only, those of the queries, where there is a cache.
-  bool cached;
+  bool cached, paged;
   Cache key_cache, value_cache;
-  Integers cache_starts, page_table;  // data of one of them is null
+  Integers cache_starts, page_table;  // the latter if paged
   int64_t page_size, pages_per_sequence, cache_rows;
 };
 

@@ -15,6 +15,10 @@ std::string text(int64_t value) { return std::to_string(value); }
 
 [[noreturn]] void refuse(const std::string& what) { throw std::runtime_error("hstu_attention: expected " + what); }
 
+[[noreturn]] void refuse_cache(const std::string& what) {
+  throw std::runtime_error("hstu_attention_cached: expected " + what);
+}
+
 void check_offsets(const std::string& name, const Integers& offsets, int64_t total) {
   if (offsets[0] != 0) {
     refuse(name + "[0] = 0, got " + text(offsets[0]));
@@ -33,10 +37,10 @@ void check_offsets(const std::string& name, const Integers& offsets, int64_t tot
 
 void check_cache(const Attention& attention, const Sequence& sequence) {
   const int64_t cached = sequence.first_position();
-  if (attention.page_table.data == nullptr) {
+  if (!attention.paged) {
     const int64_t start = attention.cache_starts[sequence.index];
     if (start < 0 || start + cached > attention.cache_rows) {
-      refuse(
+      refuse_cache(
           "the " + text(cached) + " cached tokens of sequence " + text(sequence.index) + " within the " +
           text(attention.cache_rows) + " rows of the cache, got cache_starts[" + text(sequence.index) + "] = " +
           text(start));
@@ -45,7 +49,7 @@ void check_cache(const Attention& attention, const Sequence& sequence) {
   }
   const int64_t room = attention.pages_per_sequence * attention.page_size;
   if (cached > room) {
-    refuse(
+    refuse_cache(
         "at most " + text(room) + " cached tokens, as many as page_table has room for, got " + text(cached) +
         " in sequence " + text(sequence.index));
   }
@@ -53,7 +57,7 @@ void check_cache(const Attention& attention, const Sequence& sequence) {
   for (int64_t i = 0; i * attention.page_size < cached; ++i) {
     const int64_t page = attention.page_table[sequence.index * attention.pages_per_sequence + i];
     if (page < 0 || page >= num_pages) {
-      refuse(
+      refuse_cache(
           "page_table[" + text(sequence.index) + ", " + text(i) + "] in [0, " + text(num_pages) + "), got " +
           text(page));
     }
@@ -99,7 +103,7 @@ std::vector<Sequence> sequences_of(const Attention& attention, int64_t num_rows,
     const std::string here = text(b);
     if (sequence.rows > sequence.length) {
       if (attention.cached) {
-        refuse(
+        refuse_cache(
             "cache_lengths of at least 0, got cache_lengths[" + here + "] = " +
             text(sequence.length - sequence.rows));
       }

@@ -164,7 +164,7 @@ struct CachePlace {
 
 RECSYS_OPS_INLINE CachePlace place_in_cache(
     const Attention& attention, const Cache& cache, int64_t sequence, int64_t token) {
-  if (attention.page_table.data == nullptr) {
+  if (!attention.paged) {
     const int64_t row = attention.cache_starts[sequence] + token;
     return {row * cache.rows.row, row};
   }

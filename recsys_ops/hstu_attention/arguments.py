@@ -151,8 +151,8 @@ def per_sequence(op: str, argument: str, value: int | Tensor | None, offsets: Te
 def checked_intervals(op: str, intervals: Tensor | None, q: Tensor) -> Tensor | None:
     if intervals is None:
         return None
-    if intervals.dim() != 3 or intervals.shape[0] != q.shape[0] or intervals.shape[2] != 2:
-        raise refuse_shape(op, "mask.intervals", f"[{q.shape[0]}, R, 2]", intervals)
+    if intervals.dim() != 3 or intervals.shape[::2] != (q.shape[0], 2) or intervals.shape[1] == 0:
+        raise refuse_shape(op, "mask.intervals", f"[{q.shape[0]}, R, 2] with R of at least 1", intervals)
     check_integers(op, "mask.intervals", intervals, q)
     return intervals.contiguous()
 

@@ -12,10 +12,19 @@ from recsys_ops.testing import BadInput, Case, Inputs
 
 
 def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
-    """Of two sequences, of 3 and 5 tokens, 2 heads and 4 columns, but for what is changed."""
+    """Of two sequences, of 3 and 5 tokens, 2 heads and 4 columns, but for what is changed.
+
+    Where there is a cache, both have 2 new tokens, and 1 and 3 in it.
+    """
 
     def bad(name: str, message: str, error: type[Exception] = ValueError, **changed: Any) -> BadInput:
-        fields = {key: changed.pop(key) for key in ("dropout", "position", "time") if key in changed}
+        fields = {
+            key: changed.pop(key)
+            for key in ("dropout", "position", "time", "cached", "quantized")
+            if key in changed
+        }
+        if "cached" in fields:
+            fields["queries"] = 2
         posed = case(lengths=(3, 5), dim=4, **fields)  # type: ignore[call-arg]
 
         def build(draw: Inputs) -> dict[str, Any]:
@@ -132,7 +141,7 @@ def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
         ),
         bad(
             "intervals of other rows",
-            r"intervals of shape \[8, R, 2\], got \[7, 1, 2\]",
+            r"intervals of shape \[8, R, 2\] .*, got \[7, 1, 2\]",
             intervals=torch.zeros(7, 1, 2).long(),
         ),
         bad(
@@ -200,5 +209,101 @@ def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
             TypeError,
             dropout=0.5,
             dropout_seed=torch.ones(1),
+        ),
+        *_bad_caches(bad, integers),
+    )
+
+
+def _bad_caches(bad: Callable[..., BadInput], integers: Callable[..., Tensor]) -> tuple[BadInput, ...]:
+    packed: Any = {"cached": "packed"}
+    slots: Any = {"cached": "slots"}
+    paged: Any = {"cached": "paged"}
+    return (
+        bad(
+            "cache of other heads",
+            r"key_cache of shape \[R, 2, 4\]",
+            **packed,
+            key_cache=lambda d: d.normal(4, 3, 4),
+        ),
+        bad(
+            "caches of other rows",
+            r"value_cache of shape \[4, 2\] and Dv, got \[5, 2, 4\]",
+            **packed,
+            value_cache=lambda d: d.normal(5, 2, 4),
+        ),
+        bad(
+            "cache of another dtype",
+            "key_cache of dtype float32 or int8 or float8_e4m3fn, got float64",
+            TypeError,
+            **packed,
+            key_cache=torch.ones(4, 2, 4).double(),
+        ),
+        bad(
+            "codes without scales",
+            "key_scales with a key_cache of int8, got None",
+            **packed,
+            key_cache=torch.ones(4, 2, 4).to(torch.int8),
+        ),
+        bad(
+            "scales of other rows",
+            r"value_scales of shape \[4, 2\], got \[3, 2\]",
+            **packed,
+            quantized="int8",
+            value_scales=lambda d: d.normal(3, 2),
+        ),
+        bad(
+            "lengths of other sequences",
+            r"cache_lengths of shape \[2\], got \[1\]",
+            **packed,
+            cache_lengths=integers(4),
+        ),
+        bad(
+            "negative length of a cache",
+            r"cache_lengths of at least 0, got cache_lengths\[0\] = -1",
+            RuntimeError,
+            **slots,
+            cache_lengths=integers(-1, 3),
+        ),
+        bad(
+            "cache that starts too late",
+            r"the 3 cached tokens of sequence 1 within the 10 rows of the cache, got cache_starts\[1\] = 8",
+            RuntimeError,
+            **slots,
+            cache_starts=integers(0, 8),
+        ),
+        bad(
+            "cache that starts before its rows",
+            r"cache_starts\[0\] = -1",
+            RuntimeError,
+            **slots,
+            cache_starts=integers(-1, 0),
+        ),
+        bad("starts and pages", "cache_starts or page_table, got both", **paged, cache_starts=integers(0, 0)),
+        bad(
+            "pages of other sequences",
+            r"page_table of shape \[2, P\], got \[1, 1\]",
+            **paged,
+            page_table=integers(0).view(1, 1),
+        ),
+        bad(
+            "page past the cache",
+            r"page_table\[1, 0\] in \[0, 4\), got 4",
+            RuntimeError,
+            **paged,
+            page_table=integers(0, 4).view(2, 1),
+        ),
+        bad(
+            "negative page",
+            r"page_table\[0, 0\] in \[0, 4\), got -1",
+            RuntimeError,
+            **paged,
+            page_table=integers(-1, 0).view(2, 1),
+        ),
+        bad(
+            "more cached tokens than pages",
+            "at most 0 cached tokens, as many as page_table has room for, got 1 in sequence 0",
+            RuntimeError,
+            **paged,
+            page_table=torch.zeros(2, 0, dtype=torch.int64),
         ),
     )

@@ -35,8 +35,8 @@ class HSTUMask:
         target_group_size: targets that see each other, at least 1.
         full_window_tail: last rows of the history without a window, besides the targets; 0 for a
             window of the targets, too. Needs ``window``.
-        intervals: int32 or int64 [L, R, 2], for each row of q R ranges [begin, end) of positions in
-            its sequence; they may overlap, be empty, or reach past the sequence.
+        intervals: int32 or int64 [L, R, 2], for each row of q R >= 1 ranges [begin, end) of positions
+            in its sequence; they may overlap, be empty, or reach past the sequence.
 
     Raises:
         ValueError: a number is out of its range.
