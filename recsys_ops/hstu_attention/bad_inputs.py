@@ -10,6 +10,8 @@ from torch import Tensor
 
 from recsys_ops.testing import BadInput, Case, Inputs
 
+_FIELDS: tuple[str, ...] = ("dropout", "position", "time", "cached", "quantized")  # of a case
+
 
 def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
     """Of two sequences, of 3 and 5 tokens, 2 heads and 4 columns, but for what is changed.
@@ -18,11 +20,7 @@ def bad_inputs(case: type[Case]) -> tuple[BadInput, ...]:
     """
 
     def bad(name: str, message: str, error: type[Exception] = ValueError, **changed: Any) -> BadInput:
-        fields = {
-            key: changed.pop(key)
-            for key in ("dropout", "position", "time", "cached", "quantized")
-            if key in changed
-        }
+        fields = {key: changed.pop(key) for key in _FIELDS if key in changed}
         if "cached" in fields:
             fields["queries"] = 2
         posed = case(lengths=(3, 5), dim=4, **fields)  # type: ignore[call-arg]
