@@ -18,10 +18,12 @@ a CPU, where the interpreter runs, the host checks.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -432,9 +434,9 @@ class _Batch:
             "num_distances": 0 if self.position_weight is None else self.position_weight.shape[1],
             "num_times": num_times,
             "threshold": philox.threshold(self.dropout),
-            "scale": self.scale,
-            "alpha": self.alpha,
-            "keep_factor": 1 / (1 - self.dropout),
+            "scale": _bits(self.scale),
+            "alpha": _bits(self.alpha),
+            "keep_factor": _bits(np.float32(1) / np.float32(1 - self.dropout)),  # as PyTorch divides
             "D": self.q.shape[2],
             "V": self.value_dim,
             "NEXT": self.next_timestamps,
@@ -535,6 +537,11 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _bits(number: float) -> int:
+    """Those of fp64, as int64."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
 
 
 def _strided(name: str, tensor: Tensor) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from recsys_ops.triton_kernels.hstu_attention_sequences import (
 )
 from recsys_ops.triton_kernels.hstu_attention_tiles import (
     load_rows,
+    number,
     of_head,
     product,
     rounded,
@@ -83,9 +84,9 @@ def hstu_attention_backward_queries_kernel(
     group,
     tail,
     threshold: tl.int64,
-    scale: tl.float64,
-    alpha: tl.float64,
-    keep_factor: tl.float64,
+    scale: tl.int64,
+    alpha: tl.int64,
+    keep_factor: tl.int64,
     num_work,
     num_programs,
     first_program,
@@ -137,7 +138,7 @@ def hstu_attention_backward_queries_kernel(
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
             position_weights = of_head(position_weight_ptr, head, position_head)
             time_weights = of_head(time_weight_ptr, head, time_head)
-            factor = tl.zeros([BLOCK_M], SUMS) + tl.cast(scale, SUMS)
+            factor = tl.zeros([BLOCK_M], SUMS) + number(scale, SUMS)
             if row_scale_ptr is not None:
                 factor *= tl.load(row_scale_ptr + row, mask=is_row, other=0)
             q = load_rows(q_ptr + head * q_head, row, q_row, q_column, is_row, D, BLOCK_D)
@@ -159,7 +160,7 @@ def hstu_attention_backward_queries_kernel(
                 v = load_rows(v_ptr + head * v_head, first_key + key, v_row, v_column, is_key, V, BLOCK_V)
                 zeros = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
                 scores, bucket = biased(
-                    product(q, tl.trans(k), zeros) * tl.cast(alpha, SUMS),
+                    product(q, tl.trans(k), zeros) * number(alpha, SUMS),
                     key[None, :],
                     position[:, None],
                     placed[:, None],
@@ -190,7 +191,7 @@ def hstu_attention_backward_queries_kernel(
                     seen &= kept_by_dropout(
                         dropout_seed_ptr, threshold, row, head, first_of_block, BLOCK_M, BLOCK_N
                     )
-                    gradients *= tl.cast(keep_factor, SUMS)
+                    gradients *= number(keep_factor, SUMS)
                 gate = sigmoid(scores)
                 gradients = tl.where(seen, gradients * (gate * (1.0 + scores * (1.0 - gate))), 0.0)
                 sums = product(rounded(gradients, dtype), k, sums)
@@ -217,7 +218,7 @@ def hstu_attention_backward_queries_kernel(
                 grad_q_row,
                 grad_q_column,
                 is_row,
-                sums * tl.cast(alpha, SUMS),
+                sums * number(alpha, SUMS),
                 D,
                 BLOCK_D,
             )
@@ -274,9 +275,9 @@ def hstu_attention_backward_keys_kernel(
     group,
     tail,
     threshold: tl.int64,
-    scale: tl.float64,
-    alpha: tl.float64,
-    keep_factor: tl.float64,
+    scale: tl.int64,
+    alpha: tl.int64,
+    keep_factor: tl.int64,
     num_work,
     num_programs,
     first_program,
@@ -352,7 +353,7 @@ def hstu_attention_backward_keys_kernel(
                 asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
                 zeros = tl.zeros([BLOCK_N, BLOCK_M], SUMS)
                 scores, _ = biased(
-                    product(k, tl.trans(q), zeros) * tl.cast(alpha, SUMS),
+                    product(k, tl.trans(q), zeros) * number(alpha, SUMS),
                     key[:, None],
                     position[None, :],
                     placed[None, :],
@@ -386,12 +387,12 @@ def hstu_attention_backward_keys_kernel(
                         dropout_seed_ptr, threshold, row, head, first_of_block, BLOCK_M, BLOCK_N
                     )
                     seen &= tl.trans(kept.to(tl.int8)) != 0
-                    weights *= tl.cast(keep_factor, SUMS)
-                    gradients *= tl.cast(keep_factor, SUMS)
+                    weights *= number(keep_factor, SUMS)
+                    gradients *= number(keep_factor, SUMS)
                 if row_scale_ptr is None:
                     weights = tl.where(seen, weights, 0.0)
                     sums_v = product(rounded(weights, dtype), grad_output, sums_v)
-                    gradients *= tl.cast(scale, SUMS)
+                    gradients *= number(scale, SUMS)
                 else:
                     factor = tl.load(row_scale_ptr + row, mask=is_row, other=0)  # [BLOCK_M]
                     # Relative to the largest, or 1/N would make weights subnormal in fp16.
@@ -400,7 +401,7 @@ def hstu_attention_backward_keys_kernel(
                     weights = tl.where(seen, weights * (factor / largest)[None, :], 0.0)
                     none = tl.zeros([BLOCK_N, BLOCK_V], SUMS)
                     sums_v += product(rounded(weights, dtype), grad_output, none) * largest
-                    gradients *= (tl.cast(scale, SUMS) * factor)[None, :]
+                    gradients *= (number(scale, SUMS) * factor)[None, :]
                 gradients = tl.where(seen, gradients * (gate * (1.0 + scores * (1.0 - gate))), 0.0)
                 sums_k = product(rounded(gradients, dtype), q, sums_k)
             store_rows(
@@ -409,7 +410,7 @@ def hstu_attention_backward_keys_kernel(
                 grad_k_row,
                 grad_k_column,
                 is_key,
-                sums_k * tl.cast(alpha, SUMS),
+                sums_k * number(alpha, SUMS),
                 D,
                 BLOCK_D,
             )
@@ -419,7 +420,7 @@ def hstu_attention_backward_keys_kernel(
                 grad_v_row,
                 grad_v_column,
                 is_key,
-                sums_v * tl.cast(scale, SUMS),
+                sums_v * number(scale, SUMS),
                 V,
                 BLOCK_V,
             )
@@ -453,7 +454,7 @@ def hstu_attention_costs_kernel(
         sequence, start = sequence_of_block(offsets_ptr, block, num_sequences, BLOCK_N)
     else:
         sequence, start = sequence_of_block(query_offsets_ptr, block, num_sequences, BLOCK_M)
-    first_row, rows, first_key, length, prefix, history = parts_of_sequence(
+    first_row, rows, _, length, prefix, history = parts_of_sequence(
         query_offsets_ptr,
         offsets_ptr,
         num_contextual_ptr,

@@ -43,7 +43,15 @@ def add_position_gradients(
         own = (position - history) // group
         later = is_target & (group > BLOCK_M) & (own > tl.min(tl.where(is_target, own, FAR)))
         _add_diagonals(
-            partial_ptr, of_history, placed, is_row & ~later, first_key, num_distances, BLOCK_M, BLOCK_N, LANES
+            partial_ptr,
+            of_history,
+            placed,
+            is_row & ~later,
+            first_key,
+            num_distances,
+            BLOCK_M,
+            BLOCK_N,
+            LANES,
         )
         if tl.max(later.to(tl.int32)) > 0:
             _add_diagonals(

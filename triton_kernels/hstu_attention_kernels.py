@@ -28,6 +28,7 @@ from recsys_ops.triton_kernels.hstu_attention_tiles import (
     cached_places,
     load_cached,
     load_rows,
+    number,
     of_head,
     product,
     rounded,
@@ -38,12 +39,20 @@ from recsys_ops.triton_kernels.hstu_attention_tiles import (
 # What is never specialised on; strides are.
 VARYING = ["num_sequences", "num_rows", "num_keys", "num_heads", "num_work", "num_programs", "first_program"]
 VARYING += ["num_intervals", "num_distances", "num_times", "window", "group", "tail"]
+VARYING += ["threshold", "scale", "alpha", "keep_factor"]
 VARYING += ["num_pages", "page_size", "pages_per_sequence"]
 
 
 @triton.jit
 def block_of_work(
-    work, order_ptr, num_work, num_heads, offsets_ptr, num_sequences, BLOCK: tl.constexpr, REVERSED: tl.constexpr
+    work,
+    order_ptr,
+    num_work,
+    num_heads,
+    offsets_ptr,
+    num_sequences,
+    BLOCK: tl.constexpr,
+    REVERSED: tl.constexpr,
 ):
     """The head, the sequence, and the first row (or key) of its block: int64."""
     head = work % num_heads
@@ -116,9 +125,9 @@ def hstu_attention_forward_kernel(
     group,
     tail,
     threshold: tl.int64,
-    scale: tl.float64,
-    alpha: tl.float64,
-    keep_factor: tl.float64,
+    scale: tl.int64,
+    alpha: tl.int64,
+    keep_factor: tl.int64,
     num_work,
     num_programs,
     first_program,
@@ -170,7 +179,9 @@ def hstu_attention_forward_kernel(
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
             position_weights = of_head(position_weight_ptr, head, position_head)
             time_weights = of_head(time_weight_ptr, head, time_head)
-            q = load_rows(q_ptr + head * q_head, row, q_row, q_column, is_row, D, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+            q = load_rows(
+                q_ptr + head * q_head, row, q_row, q_column, is_row, D, BLOCK_D
+            )  # [BLOCK_M, BLOCK_D]
             sums = tl.zeros([BLOCK_M, BLOCK_V], SUMS)
             for i in range(0, count + group_count):
                 first_of_block = tl.where(i < count, first + i, group_first + (i - count)) * BLOCK_N
@@ -238,7 +249,7 @@ def hstu_attention_forward_kernel(
                     )
                     v = tl.where(in_cache[:, None], cached_v, v)
                 zeros = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
-                scores = product(q, tl.trans(k), zeros) * tl.cast(alpha, SUMS)  # [BLOCK_M, BLOCK_N]
+                scores = product(q, tl.trans(k), zeros) * number(alpha, SUMS)  # [BLOCK_M, BLOCK_N]
                 scores, _ = biased(
                     scores,
                     key[None, :],
@@ -271,11 +282,11 @@ def hstu_attention_forward_kernel(
                     seen &= kept_by_dropout(
                         dropout_seed_ptr, threshold, row, head, first_of_block, BLOCK_M, BLOCK_N
                     )
-                    weights *= tl.cast(keep_factor, SUMS)
+                    weights *= number(keep_factor, SUMS)
                 weights = rounded(tl.where(seen, weights, 0.0), dtype)
                 sums = product(weights, v, sums)
             if row_scale_ptr is None:
-                sums *= tl.cast(scale, SUMS)
+                sums *= number(scale, SUMS)
             else:
-                sums *= (tl.cast(scale, SUMS) * tl.load(row_scale_ptr + row, mask=is_row, other=0))[:, None]
+                sums *= (number(scale, SUMS) * tl.load(row_scale_ptr + row, mask=is_row, other=0))[:, None]
             store_rows(output_ptr + head * output_head, row, output_row, 1, is_row, sums, V, BLOCK_V)

@@ -171,10 +171,7 @@ def runs_of_rows(
     old = first_key < history  # whether there is a key of prefix or history
     prefix_end = tl.where(old, prefix, 0)
 
-    if CAUSAL:
-        begin = first_key
-    else:
-        begin = tl.where(window > 0, first_key - window, 0)
+    begin = first_key if CAUSAL else tl.where(window > 0, first_key - window, 0)
     reach = tl.maximum(end_key + window, tl.where(first_key < prefix, prefix + window, 0))
     end = tl.where(old, tl.where(window > 0, tl.minimum(reach, history), history), 0)
     begin = tl.maximum(begin, prefix)

@@ -10,6 +10,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def number(bits, DTYPE: tl.constexpr):
+    """The number that has these bits in fp64. Triton's interpreter takes every float for fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(DTYPE)
+
+
+@triton.jit
 def of_head(pointer, head, stride):
     """Where the data of a head start, or None."""
     if pointer is None:
@@ -119,10 +125,7 @@ def load_cached(
     place = (page * page_stride + slot * row_stride + head * head_stride)[:, None]
     place = place + (column.to(tl.int64) * column_stride)[None, :]
     codes = tl.load(cache_ptr + place, mask=in_cache[:, None] & (column < D)[None, :], other=0)
-    if CODES == "fp8":
-        values = _from_fp8(codes).to(SUMS)
-    else:
-        values = codes.to(SUMS)
+    values = (_from_fp8(codes) if CODES == "fp8" else codes).to(SUMS)
     if scales_ptr is not None:
         row = page * page_size + slot
         scales = tl.load(scales_ptr + row * num_heads + head, mask=in_cache, other=0)
