@@ -75,7 +75,7 @@ class HSTUAttentionConfig:
     @classmethod
     @cache
     def default(
-        cls, kernel: str, dim: int, value_dim: int, dtype: torch.dtype, lanes: int = LANES
+        cls, kernel: str, dim: int, value_dim: int, dtype: torch.dtype, target: str = "sm_80"
     ) -> HSTUAttentionConfig:
         """Tiles that fit registers and shared memory; ``kernel`` is "forward", "queries" or "keys"."""
         return cls(64, 64 if dtype.itemsize == 2 else 32, 4, 2)
@@ -95,11 +95,11 @@ class HSTUAttentionBackwardConfig:
     @classmethod
     @cache
     def default(
-        cls, dim: int, value_dim: int, dtype: torch.dtype, lanes: int = LANES
+        cls, dim: int, value_dim: int, dtype: torch.dtype, target: str = "sm_80"
     ) -> HSTUAttentionBackwardConfig:
         """The tiles of either kernel."""
         of_kernels = ("queries", "keys")
-        return cls(*(HSTUAttentionConfig.default(name, dim, value_dim, dtype, lanes) for name in of_kernels))
+        return cls(*(HSTUAttentionConfig.default(name, dim, value_dim, dtype, target) for name in of_kernels))
 
 
 def hstu_attention_forward(

@@ -123,17 +123,11 @@ def hstu_attention_backward_queries_kernel(
             is_row = local < rows
             row = first_row + local
             position = length - rows + local
-            begin, end, group_begin, group_end = seen_ranges(
+            begin, end, own = seen_ranges(
                 position, is_row, length, prefix, history, window, group, tail, CAUSAL
             )
-            if intervals_ptr is not None:
-                begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
-                group_begin, group_end = clip_to_intervals(
-                    group_begin, group_end, intervals_ptr, row, is_row, num_intervals
-                )
-            first, count, group_first, group_count = blocks_of_keys(
-                begin, end, group_begin, group_end, BLOCK_N
-            )
+            begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
+            first, count, group_first, group_count = blocks_of_keys(begin, end, own, history, BLOCK_N)
             placed = placed_rows(position, history, group)
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
             position_weights = of_head(position_weight_ptr, head, position_head)
@@ -176,10 +170,10 @@ def hstu_attention_backward_queries_kernel(
                 )  # [BLOCK_M, BLOCK_N]
                 seen = seen_keys(
                     key[None, :],
+                    history,
                     begin[:, None],
                     end[:, None],
-                    group_begin[:, None],
-                    group_end[:, None],
+                    own[:, None],
                     row[:, None],
                     is_row[:, None],
                     num_targets_ptr,
@@ -346,7 +340,7 @@ def hstu_attention_backward_keys_kernel(
                     V,
                     BLOCK_V,
                 )
-                begin, end, group_begin, group_end = seen_ranges(
+                begin, end, own = seen_ranges(
                     position, is_row, length, prefix, history, window, group, tail, CAUSAL
                 )
                 placed = placed_rows(position, history, group)
@@ -369,10 +363,10 @@ def hstu_attention_backward_keys_kernel(
                 )  # [BLOCK_N, BLOCK_M]
                 seen = seen_keys(
                     key[:, None],
+                    history,
                     begin[None, :],
                     end[None, :],
-                    group_begin[None, :],
-                    group_end[None, :],
+                    own[None, :],
                     row[None, :],
                     is_row[None, :],
                     num_targets_ptr,
@@ -484,16 +478,12 @@ def hstu_attention_costs_kernel(
     else:
         local = tl.minimum(start, rows).to(tl.int32) + tl.arange(0, BLOCK_M)
         is_row = local < rows
-        begin, end, group_begin, group_end = seen_ranges(
+        begin, end, own = seen_ranges(
             length - rows + local, is_row, length, prefix, history, window, group, tail, CAUSAL
         )
-        if intervals_ptr is not None:
-            row = first_row + local
-            begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
-            group_begin, group_end = clip_to_intervals(
-                group_begin, group_end, intervals_ptr, row, is_row, num_intervals
-            )
-        _, count, _, group_count = blocks_of_keys(begin, end, group_begin, group_end, BLOCK_N)
+        row = first_row + local
+        begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
+        _, count, _, group_count = blocks_of_keys(begin, end, own, history, BLOCK_N)
         tiles = count + group_count
         exists = start < rows
     tl.store(costs_ptr + block, tl.where(exists, tiles, 0))

@@ -164,17 +164,11 @@ def hstu_attention_forward_kernel(
             is_row = local < rows
             row = first_row + local
             position = length - rows + local
-            begin, end, group_begin, group_end = seen_ranges(
+            begin, end, own = seen_ranges(
                 position, is_row, length, prefix, history, window, group, tail, CAUSAL
             )
-            if intervals_ptr is not None:
-                begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
-                group_begin, group_end = clip_to_intervals(
-                    group_begin, group_end, intervals_ptr, row, is_row, num_intervals
-                )
-            first, count, group_first, group_count = blocks_of_keys(
-                begin, end, group_begin, group_end, BLOCK_N
-            )
+            begin, end = clip_to_intervals(begin, end, intervals_ptr, row, is_row, num_intervals)
+            first, count, group_first, group_count = blocks_of_keys(begin, end, own, history, BLOCK_N)
             placed = placed_rows(position, history, group)
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
             position_weights = of_head(position_weight_ptr, head, position_head)
@@ -267,10 +261,10 @@ def hstu_attention_forward_kernel(
                 )
                 seen = seen_keys(
                     key[None, :],
+                    history,
                     begin[:, None],
                     end[:, None],
-                    group_begin[:, None],
-                    group_end[:, None],
+                    own[:, None],
                     row[:, None],
                     is_row[:, None],
                     num_targets_ptr,

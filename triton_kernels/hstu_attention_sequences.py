@@ -81,9 +81,10 @@ def parts_of_sequence(
 
 @triton.jit
 def seen_ranges(position, exists, length, prefix, history, window, group, tail, CAUSAL: tl.constexpr):
-    """The two ranges of keys that a row sees, before intervals: begin, end, and those of its group.
+    """What a row sees before intervals: keys in [begin, end), and of targets none before ``own``.
 
-    A range without keys begins at FAR, so that the least begin and the largest end bound all ranges.
+    So of a target, that is a range of the history and one of its group. A row that sees nothing begins
+    at FAR, so that the least begin and the largest end bound those of all rows.
     """
     is_target = position >= history
     in_prefix = position < prefix
@@ -93,29 +94,19 @@ def seen_ranges(position, exists, length, prefix, history, window, group, tail, 
     begin = tl.where(begin < prefix, 0, tl.maximum(begin, 0))
     own = (position - history) // group * group + history
     if CAUSAL:
-        end = tl.where(is_target | in_prefix, history, position + 1)
-        group_end = position + 1
+        end = tl.where(in_prefix, history, position + 1)
     else:
         end = tl.where(free, history, tl.minimum(position + window + 1, history))
-        group_end = tl.minimum(own + group, length)
-    any_seen = exists & (begin < end)
-    of_group = exists & is_target
-    return (
-        tl.where(any_seen, begin, FAR),
-        tl.where(any_seen, end, 0),
-        tl.where(of_group, own, FAR),
-        tl.where(of_group, group_end, 0),
-    )
+        end = tl.where(is_target, tl.minimum(own + group, length), end)
+    return tl.where(exists, begin, FAR), tl.where(exists, end, 0), tl.where(is_target, own, history)
 
 
 @triton.jit
-def seen_keys(
-    key, begin, end, group_begin, group_end, row, exists, num_targets_ptr, intervals_ptr, num_intervals
-):
-    """Which keys are in one of a row's two ranges, and in any of its intervals."""
+def seen_keys(key, history, begin, end, own, row, exists, num_targets_ptr, intervals_ptr, num_intervals):
+    """Which keys a row sees; each must be in any of the row's intervals, too."""
     seen = (key >= begin) & (key < end)
     if num_targets_ptr is not None:
-        seen = seen | ((key >= group_begin) & (key < group_end))
+        seen = seen & ((key < history) | (key >= own))
     if intervals_ptr is not None:
         inside = seen & False
         for i in range(0, num_intervals):
@@ -128,15 +119,18 @@ def seen_keys(
 @triton.jit
 def clip_to_intervals(begin, end, intervals_ptr, row, exists, num_intervals):
     """A range as far as it lies between the first and the last key of a row's intervals."""
-    least = begin * 0 + FAR
-    most = end * 0
-    for i in range(0, num_intervals):
-        low, high = _interval(intervals_ptr, row, exists, i, num_intervals)
-        least = tl.where(low < high, tl.minimum(least, low), least)
-        most = tl.where(low < high, tl.maximum(most, high), most)
-    begin = tl.maximum(begin, least)
-    end = tl.minimum(end, most)
-    return tl.where(begin < end, begin, FAR), tl.where(begin < end, end, 0)
+    if intervals_ptr is None:
+        return begin, end
+    else:
+        least = begin * 0 + FAR
+        most = end * 0
+        for i in range(0, num_intervals):
+            low, high = _interval(intervals_ptr, row, exists, i, num_intervals)
+            least = tl.where(low < high, tl.minimum(least, low), least)
+            most = tl.where(low < high, tl.maximum(most, high), most)
+        begin = tl.maximum(begin, least)
+        end = tl.minimum(end, most)
+        return tl.where(begin < end, begin, FAR), tl.where(begin < end, end, 0)
 
 
 @triton.jit
@@ -149,13 +143,15 @@ def _interval(intervals_ptr, row, exists, i, num_intervals):
 
 
 @triton.jit
-def blocks_of_keys(begin, end, group_begin, group_end, BLOCK_N: tl.constexpr):
+def blocks_of_keys(begin, end, own, history, BLOCK_N: tl.constexpr):
     """The blocks of keys that the rows of a block see any of: two runs, each its first and their number."""
+    last = tl.max(end)
     first = tl.min(begin) // BLOCK_N
-    stop = (tl.max(end) + BLOCK_N - 1) // BLOCK_N
+    stop = (tl.minimum(last, history) + BLOCK_N - 1) // BLOCK_N
     count = tl.maximum(stop - first, 0)
-    group_first = tl.maximum(tl.min(group_begin) // BLOCK_N, tl.where(count > 0, stop, 0))
-    group_stop = (tl.max(group_end) + BLOCK_N - 1) // BLOCK_N
+    oldest = tl.min(tl.where(end > history, tl.maximum(own, begin), FAR))
+    group_first = tl.maximum(oldest // BLOCK_N, tl.where(count > 0, stop, 0))
+    group_stop = (tl.where(last > history, last, 0) + BLOCK_N - 1) // BLOCK_N
     return first, count, group_first, tl.maximum(group_stop - group_first, 0)
 
 
