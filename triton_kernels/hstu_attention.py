@@ -508,6 +508,7 @@ def _run(
         **batch.arguments,
         order_ptr=batch.order(config, of_keys) if config.longest_first else None,
         num_work=num_work,
+        PERSISTENT=programs < num_work,
         num_programs=programs,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

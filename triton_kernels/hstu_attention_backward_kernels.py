@@ -96,6 +96,7 @@ def hstu_attention_backward_queries_kernel(
     NEXT: tl.constexpr,
     TIME_STEPS: tl.constexpr,
     SUMS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -104,7 +105,9 @@ def hstu_attention_backward_queries_kernel(
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     program = tl.program_id(0).to(tl.int64) + first_program
-    for work in range(program, num_work, num_programs):
+    # A loop of one turn is none to the compiler, and takes no registers.
+    end_of_work = num_work if PERSISTENT else program + 1
+    for work in range(program, end_of_work, num_programs if PERSISTENT else 1):
         head, sequence, start = block_of_work(
             work, order_ptr, num_work, num_heads, query_offsets_ptr, num_sequences, BLOCK_M, CAUSAL
         )
@@ -281,13 +284,17 @@ def hstu_attention_backward_keys_kernel(
     NEXT: tl.constexpr,
     TIME_STEPS: tl.constexpr,
     SUMS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    for work in range(tl.program_id(0).to(tl.int64) + first_program, num_work, num_programs):
+    program = tl.program_id(0).to(tl.int64) + first_program
+    # A loop of one turn is none to the compiler, and takes no registers.
+    end_of_work = num_work if PERSISTENT else program + 1
+    for work in range(program, end_of_work, num_programs if PERSISTENT else 1):
         head, sequence, start = block_of_work(
             work, order_ptr, num_work, num_heads, offsets_ptr, num_sequences, BLOCK_N, False
         )

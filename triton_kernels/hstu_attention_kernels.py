@@ -139,13 +139,17 @@ def hstu_attention_forward_kernel(
     KEY_CODES: tl.constexpr,
     VALUE_CODES: tl.constexpr,
     SUMS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    for work in range(tl.program_id(0).to(tl.int64) + first_program, num_work, num_programs):
+    program = tl.program_id(0).to(tl.int64) + first_program
+    # A loop of one turn is none to the compiler, and takes no registers.
+    end_of_work = num_work if PERSISTENT else program + 1
+    for work in range(program, end_of_work, num_programs if PERSISTENT else 1):
         head, sequence, start = block_of_work(
             work, order_ptr, num_work, num_heads, query_offsets_ptr, num_sequences, BLOCK_M, CAUSAL
         )
