@@ -14,6 +14,7 @@ from recsys_ops.triton_kernels.hstu_attention_sequences import (
     biased,
     blocks_of_keys,
     clip_to_intervals,
+    extremes,
     kept_by_dropout,
     load_times,
     parts_of_sequence,
@@ -133,6 +134,7 @@ def hstu_attention_backward_queries_kernel(
             first, count, group_first, group_count = blocks_of_keys(begin, end, own, history, BLOCK_N)
             placed = placed_rows(position, history, group)
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
+            of_rows = extremes(asked, is_row)
             position_weights = of_head(position_weight_ptr, head, position_head)
             time_weights = of_head(time_weight_ptr, head, time_head)
             factor = tl.zeros([BLOCK_M], SUMS) + number(scale, SUMS)
@@ -156,13 +158,16 @@ def hstu_attention_backward_queries_kernel(
                 k = load_rows(k_ptr + head * k_head, first_key + key, k_row, k_column, is_key, D, BLOCK_D)
                 v = load_rows(v_ptr + head * v_head, first_key + key, v_row, v_column, is_key, V, BLOCK_V)
                 zeros = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
-                scores, bucket = biased(
+                time = load_times(timestamps_ptr, first_key, key, is_key)
+                scores, bucket, least, most = biased(
                     product(q, tl.trans(k), zeros) * number(alpha, SUMS),
                     key[None, :],
                     position[:, None],
                     placed[:, None],
                     asked[:, None],
-                    load_times(timestamps_ptr, first_key, key, is_key)[None, :],
+                    time[None, :],
+                    of_rows,
+                    extremes(time, is_key),
                     history,
                     position_weights,
                     time_weights,
@@ -208,7 +213,7 @@ def hstu_attention_backward_queries_kernel(
                         LANES,
                     )
                 if time_partial_ptr is not None:
-                    add_time_gradients(time_partial_ptr + program * num_times, gradients, bucket, seen)
+                    add_time_gradients(time_partial_ptr + program * num_times, gradients, bucket, least, most)
             store_rows(
                 grad_q_ptr + head * grad_q_head,
                 row,
@@ -319,6 +324,7 @@ def hstu_attention_backward_keys_kernel(
             count_1 = count_0 + (end_1 - begin_1 + BLOCK_M - 1) // BLOCK_M
             count_2 = count_1 + (end_2 - begin_2 + BLOCK_M - 1) // BLOCK_M
             time = load_times(timestamps_ptr, first_key, key, is_key)
+            of_keys = extremes(time, is_key)
             position_weights = of_head(position_weight_ptr, head, position_head)
             time_weights = of_head(time_weight_ptr, head, time_head)
             k = load_rows(k_ptr + head * k_head, first_key + key, k_row, k_column, is_key, D, BLOCK_D)
@@ -353,13 +359,15 @@ def hstu_attention_backward_keys_kernel(
                 placed = placed_rows(position, history, group)
                 asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
                 zeros = tl.zeros([BLOCK_N, BLOCK_M], SUMS)
-                scores, _ = biased(
+                scores, _, _, _ = biased(
                     product(k, tl.trans(q), zeros) * number(alpha, SUMS),
                     key[:, None],
                     position[None, :],
                     placed[None, :],
                     asked[None, :],
                     time[:, None],
+                    extremes(asked, is_row),
+                    of_keys,
                     history,
                     position_weights,
                     time_weights,

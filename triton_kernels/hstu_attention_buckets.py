@@ -97,10 +97,8 @@ def _add_diagonals(
 
 
 @triton.jit
-def add_time_gradients(partial_ptr, gradients, bucket, seen):
-    """Add a tile of gradients of scores, 0 where not seen, to its buckets of times: those there are."""
-    least = tl.min(tl.min(tl.where(seen, bucket, FAR), 1), 0)
-    most = tl.max(tl.max(tl.where(seen, bucket, -1), 1), 0)
+def add_time_gradients(partial_ptr, gradients, bucket, least, most):
+    """Add a tile of gradients of scores to its buckets of times, which are from ``least`` to ``most``."""
     lane = tl.arange(0, TIMES)
     for first in range(least, most + 1, TIMES):
         sums = tl.zeros([TIMES], gradients.dtype)

@@ -15,6 +15,7 @@ from recsys_ops.triton_kernels.hstu_attention_sequences import (
     biased,
     blocks_of_keys,
     clip_to_intervals,
+    extremes,
     kept_by_dropout,
     load_times,
     parts_of_sequence,
@@ -175,6 +176,7 @@ def hstu_attention_forward_kernel(
             first, count, group_first, group_count = blocks_of_keys(begin, end, own, history, BLOCK_N)
             placed = placed_rows(position, history, group)
             asked = row_times(timestamps_ptr, position, is_row, first_key, length, history, NEXT)
+            of_rows = extremes(asked, is_row)
             position_weights = of_head(position_weight_ptr, head, position_head)
             time_weights = of_head(time_weight_ptr, head, time_head)
             q = load_rows(
@@ -248,13 +250,16 @@ def hstu_attention_forward_kernel(
                     v = tl.where(in_cache[:, None], cached_v, v)
                 zeros = tl.zeros([BLOCK_M, BLOCK_N], SUMS)
                 scores = product(q, tl.trans(k), zeros) * number(alpha, SUMS)  # [BLOCK_M, BLOCK_N]
-                scores, _ = biased(
+                time = load_times(timestamps_ptr, first_key, key, is_key)
+                scores, _, _, _ = biased(
                     scores,
                     key[None, :],
                     position[:, None],
                     placed[:, None],
                     asked[:, None],
-                    load_times(timestamps_ptr, first_key, key, is_key)[None, :],
+                    time[None, :],
+                    of_rows,
+                    extremes(time, is_key),
                     history,
                     position_weights,
                     time_weights,

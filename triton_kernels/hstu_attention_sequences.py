@@ -222,6 +222,16 @@ def load_times(timestamps_ptr, first_key, position, exists):
 
 
 @triton.jit
+def extremes(times, exists):
+    """The earliest and the latest of some times; where there are no times, anything."""
+    if times.dtype == tl.int64:
+        earliest = tl.min(tl.where(exists, times, 2**63 - 1))
+        return earliest, tl.max(tl.where(exists, times, -(2**63 - 1)))
+    else:
+        return 0, 0
+
+
+@triton.jit
 def biased(
     scores,
     key,
@@ -229,6 +239,8 @@ def biased(
     placed,
     asked,
     time,
+    of_rows,
+    of_keys,
     history,
     position_weights,
     time_weights,
@@ -237,14 +249,20 @@ def biased(
     num_times,
     STEPS: tl.constexpr,
 ):
-    """Scores with the weights of the buckets of distance and time added, and the latter's buckets."""
+    """Scores with the weights of the buckets of distance and time added, and these buckets of time.
+
+    ``of_rows`` and ``of_keys`` are the extremes of the times. Also the least and largest bucket there can be.
+    """
     bucket = key
+    least = 0
+    most = 0
     if position_weights is not None:
         scores += tl.load(position_weights + _distance_bucket(key, position, placed, history, num_distances))
     if time_weights is not None:
-        bucket = _time_bucket(boundaries_ptr, asked, time, num_times, STEPS)
+        least, most = _buckets_between(of_rows, of_keys, boundaries_ptr, num_times, STEPS)
+        bucket = _time_bucket(asked - time, least, most, boundaries_ptr)
         scores += tl.load(time_weights + bucket)
-    return scores, bucket
+    return scores, bucket, least, most
 
 
 @triton.jit
@@ -255,14 +273,41 @@ def _distance_bucket(key, position, placed, history, num_distances):
 
 
 @triton.jit
-def _time_bucket(boundaries_ptr, asked, time, num_times, STEPS: tl.constexpr):
-    """How many of the num_times - 1 boundaries are at most the difference of two times."""
-    difference = asked - time
-    difference = tl.where(difference < 0, -difference, difference)
-    bucket = (difference * 0).to(tl.int32)
+def _buckets_between(of_rows, of_keys, boundaries_ptr, num_times, STEPS: tl.constexpr):
+    """The least and the largest bucket that times between these extremes can have."""
+    gap = tl.maximum(of_rows[0] - of_keys[1], of_keys[0] - of_rows[1])
+    span = tl.maximum(of_rows[1] - of_keys[0], of_keys[1] - of_rows[0])
+    side = tl.arange(0, 2)
+    difference = tl.where(side == 0, tl.maximum(gap, 0), span)
+    bucket = side * 0
     for step in tl.static_range(STEPS):
         further = bucket + (1 << (STEPS - 1 - step))
         there = further < num_times
+        boundary = tl.load(boundaries_ptr + (further - 1), mask=there, other=0)
+        bucket = tl.where(there & (difference >= boundary), further, bucket)
+    # Differences of times this large may wrap around.
+    earliest = tl.minimum(of_rows[0], of_keys[0])
+    wraps = (earliest < -(2**62)) | (tl.maximum(of_rows[1], of_keys[1]) >= 2**62)
+    least = tl.min(bucket)
+    most = tl.max(bucket)
+    return tl.where(wraps, 0, least), tl.where(wraps, num_times - 1, most)
+
+
+@triton.jit
+def _time_bucket(difference, least, most, boundaries_ptr):
+    """How many boundaries are at most the magnitude of a difference: a search from ``least`` to ``most``.
+
+    Tiles are small in time against their distance, so that it mostly ends after a step or two.
+    """
+    difference = tl.where(difference < 0, -difference, difference)
+    bucket = (difference * 0).to(tl.int32) + least
+    step = 1
+    while step <= most - least:
+        step *= 2
+    while step > 1:
+        step = step // 2
+        further = bucket + step
+        there = further <= most
         boundary = tl.load(boundaries_ptr + (further - 1), mask=there, other=0)
         bucket = tl.where(there & (difference >= boundary), further, bucket)
     return bucket
