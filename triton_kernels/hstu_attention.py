@@ -226,13 +226,16 @@ def hstu_attention_backward(
         **_strided("grad_v", grad_v),
     )
     programs = batch.programs(configs.queries, of_keys=False)
-    partials = []
+    partials: list[Tensor | None] = []
     for weight in (position_weight, time_weight):
         if weight is not None:
             programs = batch.programs_with_partials(programs, weight.shape[1])
     for weight in (position_weight, time_weight):
-        sums = None if weight is None else batch.zeros(programs, weight.shape[1])
-        partials.append(sums)
+        partials.append(None if weight is None else batch.zeros(programs, weight.shape[1]))
+    lanes = triton.next_power_of_2(configs.queries.block_m + configs.queries.block_n - 1)
+    scratch = None  # of each program a tile, its rows shifted
+    if position_weight is not None:
+        scratch = position_weight.new_empty(programs, configs.queries.block_m * lanes)
     _run(
         backward_kernels.hstu_attention_backward_queries_kernel,
         batch,
@@ -243,7 +246,8 @@ def hstu_attention_backward(
         **_strided("grad_q", grad_q),
         position_partial_ptr=partials[0],
         time_partial_ptr=partials[1],
-        LANES=triton.next_power_of_2(configs.queries.block_m + configs.queries.block_n - 1),
+        scratch_ptr=scratch,
+        LANES=lanes,
     )
     position, time = (
         batch.sum_of_partials(sums, weight)

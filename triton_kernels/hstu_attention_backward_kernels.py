@@ -41,6 +41,7 @@ def hstu_attention_backward_queries_kernel(
     grad_q_ptr,
     position_partial_ptr,
     time_partial_ptr,
+    scratch_ptr,
     grad_output_ptr,
     q_ptr,
     k_ptr,
@@ -200,10 +201,10 @@ def hstu_attention_backward_queries_kernel(
                 if position_partial_ptr is not None:
                     add_position_gradients(
                         position_partial_ptr + program * num_distances,
+                        scratch_ptr + program * (BLOCK_M * LANES),
                         gradients,
-                        position,
-                        placed,
-                        is_row,
+                        length - rows + start.to(tl.int32),
+                        length,
                         first_of_block,
                         history,
                         group,

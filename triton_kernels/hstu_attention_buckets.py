@@ -1,15 +1,17 @@
 """Device code of HSTU attention: the gradients of the bias's weights, summed in a fixed order.
 
-Each program owns a row of partial sums, one for each bucket. A barrier parts what it adds for one tile from
-what it adds for the next; programs touch no other's row, so nothing need be atomic.
+Each program owns a row of partial sums, one for each bucket, and scratch memory for a tile. Barriers part
+what it adds for one tile from what it adds for the next; programs touch no other's memory, so nothing need
+be atomic.
 """
 # mypy: ignore-errors
 
 import triton
 import triton.language as tl
 
-from recsys_ops.triton_kernels.hstu_attention_sequences import FAR
+from recsys_ops.triton_kernels.hstu_attention_sequences import FAR, placed_rows
 
+ROWS = tl.constexpr(16)  # of a tile that are summed at once
 TIMES = tl.constexpr(16)  # buckets that are added to the partial sums at once
 
 
@@ -20,12 +22,29 @@ def _add(pointers, values, wanted):
 
 
 @triton.jit
+def _rows_of_pass(number, position, first_position, length, history, group, BLOCK_M: tl.constexpr):
+    """Which rows a pass takes, and where they stand: places that differ by less than BLOCK_M.
+
+    Passes 0 and 1 are of keys of prefix and history, pass 2 of those in the rows' own groups.
+    """
+    exists = position < length
+    is_target = exists & (position >= history)
+    first = (tl.maximum(first_position, history) - history) // group
+    # A block that starts in a group longer than itself may end in the next, whose places start anew.
+    later = is_target & (group > BLOCK_M) & ((position - history) // group > first)
+    of_history = exists & ((number == 1) == later)
+    own_keys = number == 2
+    place = tl.where(own_keys, position, placed_rows(position, history, group))
+    return tl.where(own_keys, is_target, of_history), place
+
+
+@triton.jit
 def add_position_gradients(
     partial_ptr,
+    scratch_ptr,
     gradients,
-    position,
-    placed,
-    is_row,
+    first_position,
+    length,
     first_key,
     history,
     group,
@@ -34,66 +53,44 @@ def add_position_gradients(
     BLOCK_N: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Add a tile of gradients of scores, [BLOCK_M, BLOCK_N], to its buckets of distances."""
-    key = (first_key + tl.arange(0, BLOCK_N))[None, :]
-    is_target = is_row & (position >= history)
-    if first_key < history:
-        of_history = tl.where(key < history, gradients, 0.0)
-        # A block that starts in a group longer than itself may end in the next, whose places start anew.
-        own = (position - history) // group
-        later = is_target & (group > BLOCK_M) & (own > tl.min(tl.where(is_target, own, FAR)))
-        _add_diagonals(
-            partial_ptr,
-            of_history,
-            placed,
-            is_row & ~later,
-            first_key,
-            num_distances,
-            BLOCK_M,
-            BLOCK_N,
-            LANES,
-        )
-        if tl.max(later.to(tl.int32)) > 0:
-            _add_diagonals(
-                partial_ptr, of_history, placed, later, first_key, num_distances, BLOCK_M, BLOCK_N, LANES
-            )
-    if (first_key + BLOCK_N > history) & (tl.max(is_target.to(tl.int32)) > 0):
-        of_targets = tl.where(key >= history, gradients, 0.0)
-        _add_diagonals(
-            partial_ptr, of_targets, position, is_target, first_key, num_distances, BLOCK_M, BLOCK_N, LANES
-        )
+    """Add a tile of gradients of scores, [BLOCK_M, BLOCK_N], to its buckets of distances.
 
-
-@triton.jit
-def _add_diagonals(
-    partial_ptr,
-    gradients,
-    place,
-    wanted,
-    first_key,
-    num_distances,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """The same of the wanted rows, whose places differ by less than BLOCK_M: sums along diagonals."""
-    top = tl.max(tl.where(wanted, place, -FAR))
+    Those are the sums along diagonals: rows are written to scratch memory each shifted to its place, and
+    read back as columns.
+    """
+    column = tl.arange(0, BLOCK_N)
     lane = tl.arange(0, LANES)
-    column = lane[None, :] - (top - place)[:, None]  # [BLOCK_M, LANES]
-    inside = wanted[:, None] & (column >= 0) & (column < BLOCK_N)
-    shifted = tl.gather(gradients, tl.minimum(tl.maximum(column, 0), BLOCK_N - 1), 1)
-    sums = tl.sum(tl.where(inside, shifted, 0.0), 0)  # [LANES]
-    distance = first_key - top + lane + num_distances // 2
+    position = first_position + tl.arange(0, BLOCK_M)
     last = num_distances - 1
-    bucket = tl.minimum(tl.maximum(distance, 0), last)
-    following = tl.minimum(tl.maximum(distance + 1, 0), last)
-    # Both ends of the table take what is further: there, the last lane of a bucket adds the sum of all.
-    sums = tl.where(
-        bucket == 0,
-        tl.sum(tl.where(bucket == 0, sums, 0.0)),
-        tl.where(bucket == last, tl.sum(tl.where(bucket == last, sums, 0.0)), sums),
-    )
-    _add(partial_ptr + bucket, sums, (bucket != following) | (lane == LANES - 1))
+    for number in range(0, tl.where(first_position + BLOCK_M > history, 3, 1)):
+        wanted, place = _rows_of_pass(number, position, first_position, length, history, group, BLOCK_M)
+        some_keys = tl.where(number == 2, first_key + BLOCK_N > history, first_key < history)
+        if some_keys & (tl.max(wanted.to(tl.int32)) > 0):
+            top = tl.max(tl.where(wanted, place, -FAR))
+            of_pass = ((first_key + column)[None, :] >= history) == (number == 2)
+            shifted = (tl.arange(0, BLOCK_M) * LANES + top - place)[:, None] + column[None, :]
+            tl.debug_barrier()
+            tl.store(scratch_ptr + shifted, tl.where(of_pass, gradients, 0.0), mask=wanted[:, None])
+            tl.debug_barrier()
+            sums = tl.zeros([ROWS, LANES], gradients.dtype)
+            for first_row in range(0, tl.minimum(BLOCK_M, length - first_position), ROWS):
+                row = first_row + tl.arange(0, ROWS)
+                there, stands = _rows_of_pass(
+                    number, first_position + row, first_position, length, history, group, BLOCK_M
+                )
+                from_column = lane[None, :] - (top - stands)[:, None]
+                inside = there[:, None] & (from_column >= 0) & (from_column < BLOCK_N)
+                sums += tl.load(scratch_ptr + (row * LANES)[:, None] + lane[None, :], mask=inside, other=0)
+            diagonal = tl.sum(sums, 0)  # [LANES]
+            distance = first_key - top + lane + num_distances // 2
+            bucket = tl.minimum(tl.maximum(distance, 0), last)
+            following = tl.minimum(tl.maximum(distance + 1, 0), last)
+            # Both ends of the table take what is further: the last lane of a bucket adds the sum of all.
+            nearest = tl.sum(tl.where(bucket == 0, diagonal, 0.0))
+            furthest = tl.sum(tl.where(bucket == last, diagonal, 0.0))
+            diagonal = tl.where(bucket == last, furthest, diagonal)
+            diagonal = tl.where(bucket == 0, nearest, diagonal)
+            _add(partial_ptr + bucket, diagonal, (bucket != following) | (lane == LANES - 1))
 
 
 @triton.jit
@@ -103,6 +100,6 @@ def add_time_gradients(partial_ptr, gradients, bucket, least, most):
     for first in range(least, most + 1, TIMES):
         sums = tl.zeros([TIMES], gradients.dtype)
         for number in range(first, tl.minimum(first + TIMES, most + 1)):
-            sum_of_bucket = tl.sum(tl.sum(tl.where(bucket == number, gradients, 0.0), 1), 0)
+            sum_of_bucket = tl.sum(tl.sum(tl.where(bucket == number, gradients, 0.0), 0), 0)
             sums = tl.where(lane == number - first, sum_of_bucket, sums)
         _add(partial_ptr + first + lane, sums, first + lane <= most)
