@@ -162,11 +162,11 @@ def hstu_attention_backward_queries_kernel(
                 time = load_times(timestamps_ptr, first_key, key, is_key)
                 scores, bucket, least, most = biased(
                     product(q, tl.trans(k), zeros) * number(alpha, SUMS),
-                    key[None, :],
-                    position[:, None],
-                    placed[:, None],
-                    asked[:, None],
-                    time[None, :],
+                    key,
+                    position,
+                    placed,
+                    asked,
+                    time,
                     of_rows,
                     extremes(time, is_key),
                     history,
@@ -176,6 +176,7 @@ def hstu_attention_backward_queries_kernel(
                     num_distances,
                     num_times,
                     TIME_STEPS,
+                    True,
                 )  # [BLOCK_M, BLOCK_N]
                 seen = seen_keys(
                     key[None, :],
@@ -362,11 +363,11 @@ def hstu_attention_backward_keys_kernel(
                 zeros = tl.zeros([BLOCK_N, BLOCK_M], SUMS)
                 scores, _, _, _ = biased(
                     product(k, tl.trans(q), zeros) * number(alpha, SUMS),
-                    key[:, None],
-                    position[None, :],
-                    placed[None, :],
-                    asked[None, :],
-                    time[:, None],
+                    key,
+                    position,
+                    placed,
+                    asked,
+                    time,
                     extremes(asked, is_row),
                     of_keys,
                     history,
@@ -376,6 +377,7 @@ def hstu_attention_backward_keys_kernel(
                     num_distances,
                     num_times,
                     TIME_STEPS,
+                    False,
                 )  # [BLOCK_N, BLOCK_M]
                 seen = seen_keys(
                     key[:, None],

@@ -253,11 +253,11 @@ def hstu_attention_forward_kernel(
                 time = load_times(timestamps_ptr, first_key, key, is_key)
                 scores, _, _, _ = biased(
                     scores,
-                    key[None, :],
-                    position[:, None],
-                    placed[:, None],
-                    asked[:, None],
-                    time[None, :],
+                    key,
+                    position,
+                    placed,
+                    asked,
+                    time,
                     of_rows,
                     extremes(time, is_key),
                     history,
@@ -267,6 +267,7 @@ def hstu_attention_forward_kernel(
                     num_distances,
                     num_times,
                     TIME_STEPS,
+                    True,
                 )
                 seen = seen_keys(
                     key[None, :],

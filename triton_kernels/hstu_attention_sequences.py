@@ -248,20 +248,28 @@ def biased(
     num_distances,
     num_times,
     STEPS: tl.constexpr,
+    DOWN: tl.constexpr,
 ):
     """Scores with the weights of the buckets of distance and time added, and these buckets of time.
 
     ``of_rows`` and ``of_keys`` are the extremes of the times. Also the least and largest bucket there can be.
+    Rows run down the tile if ``DOWN``. The lanes of a warp take rows in either case: so each lane
+    keeps little of what is told of rows.
     """
-    bucket = key
+    bucket = 0
     least = 0
     most = 0
+    keys = key[:, None]
     if position_weights is not None:
-        scores += tl.load(position_weights + _distance_bucket(key, position, placed, history, num_distances))
+        distance = _distance_bucket(keys, position[None, :], placed[None, :], history, num_distances)
+        bias = tl.load(position_weights + distance)  # [BLOCK_N, BLOCK_M]
+        scores += tl.trans(bias) if DOWN else bias
     if time_weights is not None:
         least, most = _buckets_between(of_rows, of_keys, boundaries_ptr, num_times, STEPS)
-        bucket = _time_bucket(asked - time, least, most, boundaries_ptr)
-        scores += tl.load(time_weights + bucket)
+        bucket = _time_bucket(asked[None, :] - time[:, None], least, most, boundaries_ptr)
+        bias = tl.load(time_weights + bucket)
+        scores += tl.trans(bias) if DOWN else bias
+        bucket = tl.trans(bucket) if DOWN else bucket
     return scores, bucket, least, most
 
 
