@@ -179,16 +179,17 @@ def hstu_attention_backward_queries_kernel(
                     True,
                 )  # [BLOCK_M, BLOCK_N]
                 seen = seen_keys(
-                    key[None, :],
+                    key,
                     history,
-                    begin[:, None],
-                    end[:, None],
-                    own[:, None],
-                    row[:, None],
-                    is_row[:, None],
+                    begin,
+                    end,
+                    own,
+                    row,
+                    is_row,
                     num_targets_ptr,
                     intervals_ptr,
                     num_intervals,
+                    True,
                 )
                 gradients = product(grad_output, tl.trans(v), zeros) * factor[:, None]
                 if dropout_seed_ptr is not None:
@@ -380,16 +381,17 @@ def hstu_attention_backward_keys_kernel(
                     False,
                 )  # [BLOCK_N, BLOCK_M]
                 seen = seen_keys(
-                    key[:, None],
+                    key,
                     history,
-                    begin[None, :],
-                    end[None, :],
-                    own[None, :],
-                    row[None, :],
-                    is_row[None, :],
+                    begin,
+                    end,
+                    own,
+                    row,
+                    is_row,
                     num_targets_ptr,
                     intervals_ptr,
                     num_intervals,
+                    False,
                 )
                 gradients = product(v, tl.trans(grad_output), zeros)
                 gate = sigmoid(scores)

@@ -100,6 +100,6 @@ def add_time_gradients(partial_ptr, gradients, bucket, least, most):
     for first in range(least, most + 1, TIMES):
         sums = tl.zeros([TIMES], gradients.dtype)
         for number in range(first, tl.minimum(first + TIMES, most + 1)):
-            sum_of_bucket = tl.sum(tl.sum(tl.where(bucket == number, gradients, 0.0), 0), 0)
+            sum_of_bucket = tl.sum(tl.where(bucket == number, gradients, 0.0))
             sums = tl.where(lane == number - first, sum_of_bucket, sums)
         _add(partial_ptr + first + lane, sums, first + lane <= most)

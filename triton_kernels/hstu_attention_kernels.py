@@ -270,16 +270,17 @@ def hstu_attention_forward_kernel(
                     True,
                 )
                 seen = seen_keys(
-                    key[None, :],
+                    key,
                     history,
-                    begin[:, None],
-                    end[:, None],
-                    own[:, None],
-                    row[:, None],
-                    is_row[:, None],
+                    begin,
+                    end,
+                    own,
+                    row,
+                    is_row,
                     num_targets_ptr,
                     intervals_ptr,
                     num_intervals,
+                    True,
                 )
                 weights = scores * sigmoid(scores)
                 if dropout_seed_ptr is not None:

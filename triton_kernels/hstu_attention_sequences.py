@@ -102,16 +102,37 @@ def seen_ranges(position, exists, length, prefix, history, window, group, tail, 
 
 
 @triton.jit
-def seen_keys(key, history, begin, end, own, row, exists, num_targets_ptr, intervals_ptr, num_intervals):
-    """Which keys a row sees; each must be in any of the row's intervals, too."""
-    seen = (key >= begin) & (key < end)
-    if num_targets_ptr is not None:
-        seen = seen & ((key < history) | (key >= own))
+def seen_keys(
+    key,
+    history,
+    begin,
+    end,
+    own,
+    row,
+    exists,
+    num_targets_ptr,
+    intervals_ptr,
+    num_intervals,
+    DOWN: tl.constexpr,
+):
+    """Which keys a row sees; each must be in any of the row's intervals, too. As in ``biased``."""
+    if DOWN:
+        keys = key[None, :]
+        seen = (keys >= begin[:, None]) & (keys < end[:, None])
+        if num_targets_ptr is not None:
+            seen = seen & ((keys < history) | (keys >= own[:, None]))
+    else:
+        keys = key[:, None]
+        seen = (keys >= begin[None, :]) & (keys < end[None, :])
+        if num_targets_ptr is not None:
+            seen = seen & ((keys < history) | (keys >= own[None, :]))
     if intervals_ptr is not None:
-        inside = seen & False
+        inside = key[:, None] + 0 * begin[None, :] < 0
         for i in range(0, num_intervals):
             low, high = _interval(intervals_ptr, row, exists, i, num_intervals)
-            inside = inside | ((low <= key) & (key < high))
+            inside = inside | ((low[None, :] <= key[:, None]) & (key[:, None] < high[None, :]))
+        if DOWN:
+            inside = tl.trans(inside.to(tl.int8)) != 0
         seen = seen & inside
     return seen
 
