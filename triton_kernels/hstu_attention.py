@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,75 +30,20 @@ from torch import Tensor
 from recsys_ops.hstu_attention import philox, reference
 from recsys_ops.triton_kernels import hstu_attention_backward_kernels as backward_kernels
 from recsys_ops.triton_kernels import hstu_attention_kernels as kernels
-from recsys_ops.triton_kernels.embedding_bag import ASSERTING, LANES, accumulate, launch
+from recsys_ops.triton_kernels.embedding_bag import ASSERTING, accumulate, launch
+from recsys_ops.triton_kernels.hstu_attention_configs import (
+    HSTUAttentionBackwardConfig,
+    HSTUAttentionConfig,
+    checked,
+    padded,
+    processors,
+    target_of,
+)
 
 FAR = 2**30  # past every position
-PROCESSORS = 4  # of a machine without a GPU, where the interpreter runs
 PARTIALS = 4  # rows of partial sums for each multiprocessor, at most
 _UNKNOWN = 2**62
 _CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
-
-
-@dataclass(frozen=True)
-class HSTUAttentionConfig:
-    """A tile of one kernel, and how programs share the blocks.
-
-    Args:
-        block_m: rows of q.
-        block_n: keys.
-        num_warps: of a program.
-        num_stages: tiles in flight.
-        programs: of each multiprocessor, which take blocks in turns; 0: a program for each block.
-        longest_first: start the blocks that see most first, which sorts them.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
-    programs: int = 0
-    longest_first: bool = False
-
-    @property
-    def is_valid(self) -> bool:
-        sizes = (self.block_m, self.block_n, self.num_warps)
-        return (
-            all(n > 0 and n & (n - 1) == 0 for n in sizes)
-            and min(self.block_m, self.block_n) >= 16
-            and self.block_m * self.block_n <= 128 * LANES * self.num_warps
-            and self.num_warps * LANES <= 1024
-            and self.num_stages >= 1
-            and self.programs >= 0
-        )
-
-    @classmethod
-    @cache
-    def default(
-        cls, kernel: str, dim: int, value_dim: int, dtype: torch.dtype, target: str = "sm_80"
-    ) -> HSTUAttentionConfig:
-        """Tiles that fit registers and shared memory; ``kernel`` is "forward", "queries" or "keys"."""
-        return cls(64, 64 if dtype.itemsize == 2 else 32, 4, 2)
-
-
-@dataclass(frozen=True)
-class HSTUAttentionBackwardConfig:
-    """Of the kernel that owns rows and of the one that owns keys."""
-
-    queries: HSTUAttentionConfig
-    keys: HSTUAttentionConfig
-
-    @property
-    def is_valid(self) -> bool:
-        return self.queries.is_valid and self.keys.is_valid
-
-    @classmethod
-    @cache
-    def default(
-        cls, dim: int, value_dim: int, dtype: torch.dtype, target: str = "sm_80"
-    ) -> HSTUAttentionBackwardConfig:
-        """The tiles of either kernel."""
-        of_kernels = ("queries", "keys")
-        return cls(*(HSTUAttentionConfig.default(name, dim, value_dim, dtype, target) for name in of_kernels))
 
 
 def hstu_attention_forward(
@@ -310,6 +254,7 @@ def hstu_attention_cached_forward(
         full_window_tail,
         next_timestamps,
         0.0,
+        cached=True,
     )
     if q.is_cpu:
         _check_cached(query_offsets, offsets, len(q), key_cache, cache_starts, page_table)
@@ -372,6 +317,7 @@ class _Batch:
     full_window_tail: int
     next_timestamps: bool
     dropout: float
+    cached: bool = False
 
     def check(self) -> None:
         """Raise as the reference does where values are at hand: on a CPU."""
@@ -387,9 +333,11 @@ class _Batch:
             )
 
     @property
-    def kind(self) -> tuple[int, int, torch.dtype]:
+    def kind(self) -> tuple[int, int, torch.dtype, int, str]:
         """What a configuration depends on."""
-        return self.q.shape[2], self.value_dim, self.q.dtype
+        bias, rows = (self.position_weight, self.time_weight), (self.intervals, self.dropout_seed)
+        work = (self.cached or any(w is not None for w in bias)) + any(t is not None for t in rows)
+        return self.q.shape[2], self.value_dim, self.q.dtype, work, target_of(self.q.device)
 
     @property
     def num_sequences(self) -> int:
@@ -520,28 +468,6 @@ def _run(
         num_stages=config.num_stages,
         **ASSERTING,
     )
-
-
-_Config = TypeVar("_Config", HSTUAttentionConfig, HSTUAttentionBackwardConfig)
-
-
-def checked(config: _Config | None) -> _Config | None:
-    if config is not None and not config.is_valid:
-        raise ValueError(f"hstu_attention: expected a valid configuration, got {config}")
-    return config
-
-
-def padded(dim: int) -> int:
-    """Columns of a tile: a power of two, and as many as a tensor core takes."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU."""
-    if device.type != "cuda":
-        return PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _bits(number: float) -> int:

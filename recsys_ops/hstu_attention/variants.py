@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from recsys_ops.inspection.occupancy import LIMITS
 from recsys_ops.inspection.triton_compiler import TritonSource
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -32,6 +31,7 @@ FEATURES = {
     "int8": (*MASKS, *CACHE, *SCALES),
     "fp8": (*MASKS, *CACHE, *SCALES),
 }
+WORK = {"plain": 0, "masked": 0, "all": 2}  # as configurations have it; of all others 1
 OPTIONAL = (*FEATURES["all"], *CACHE, *SCALES, *OTHERS)
 
 
@@ -91,7 +91,7 @@ def _source(variant: Variant, target: str) -> TritonSource:
     value_dim = dim if variant.value_dim is None else variant.value_dim
     sums = "fp64" if variant.dtype == "fp64" else "fp32"
     config = host.HSTUAttentionConfig.default(
-        variant.kernel, dim, value_dim, DTYPES[variant.dtype], target=target
+        variant.kernel, dim, value_dim, DTYPES[variant.dtype], WORK.get(variant.features, 1), target
     )
     constants: dict[str, Any] = {
         "D": dim,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -72,39 +73,41 @@ def test_signatures_are_those_of_the_contract_and_a_configuration(name: str) -> 
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_configurations(config: HSTUAttentionConfig, dtype: torch.dtype) -> None:
-    passes(HSTUAttentionCase(lengths=(17, 0, 40, 3), row_scales=True, **ALL_OF_IT), config, dtype)
-    passes(HSTUAttentionCase(lengths=(17, 70), causal=False, dropout=0.4, targets=5), config, dtype)
-    passes(HSTUAttentionCase(lengths=(40, 3, 18), queries=6, cached="paged", quantized="fp8"), config, dtype)
+def test_configurations(config: HSTUAttentionConfig) -> None:
+    small: dict[str, Any] = {"heads": 1, "dim": 4}
+    passes(HSTUAttentionCase(lengths=(17, 0, 33), row_scales=True, **small, **ALL_OF_IT), config)
+    passes(HSTUAttentionCase(lengths=(66, 3), causal=False, dropout=0.4, targets=5, **small), config)
+    fields: Any = {"queries": 6, "cached": "paged", "quantized": "fp8", **small}
+    passes(HSTUAttentionCase(lengths=(40, 3, 18), **fields), config, torch.float16)
 
 
 @pytest.mark.parametrize("config", [replace(SMALL, programs=1), replace(SMALL, longest_first=True)], ids=str)
 def test_runs_are_the_same_bits(config: HSTUAttentionConfig) -> None:
-    case = HSTUAttentionCase(lengths=(35, 3, 18), **ALL_OF_IT)
+    case = HSTUAttentionCase(lengths=(20, 3), heads=1, dim=4, **ALL_OF_IT)
     with candidate(SPEC, configured(config), "configured") as target:
         result = check_determinism(SPEC, case, replace(target, device=DEVICE), torch.float32)
         assert result.ok, str(result)
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 48])
+@pytest.mark.parametrize("length", [1, 16, 17, 33])
 @pytest.mark.parametrize("causal", [True, False])
 def test_lengths_at_the_ends_of_blocks(length: int, causal: bool) -> None:
     fields: Any = {"causal": causal, "position": "heads", "distances": 33, "contextual": 2, "targets": 5}
-    passes(HSTUAttentionCase(lengths=(length, 0, 16, length), dim=4, **fields), SMALL)
+    passes(HSTUAttentionCase(lengths=(length, 0, 16), dim=4, **fields), SMALL)
 
 
-@pytest.mark.parametrize("group", [1, 3, 16, 17, 20, 100])
-@pytest.mark.parametrize("distances", [1, 5, 199])
+@pytest.mark.parametrize(
+    ("group", "distances"), [(1, 199), (3, 199), (16, 5), (17, 199), (20, 5), (20, 1), (100, 199)]
+)
 def test_position_gradients_of_targets(group: int, distances: int) -> None:
     """Also where a block of targets has parts of two groups that are longer than itself."""
-    fields: Any = {"position": "heads", "distances": distances, "group": group, "targets": (45, 0, 20)}
-    passes(HSTUAttentionCase(lengths=(70, 9, 20), dim=4, heads=1, **fields), SMALL)
+    fields: Any = {"position": "heads", "distances": distances, "group": group, "targets": (45, 20)}
+    passes(HSTUAttentionCase(lengths=(60, 20), dim=4, heads=1, **fields), SMALL)
 
 
 def test_unsorted_times_in_many_buckets() -> None:
     fields: Any = {"time": "heads", "buckets": 70, "unsorted_times": True, "targets": 3}
-    passes(HSTUAttentionCase(lengths=(50, 9), dim=4, bucketing="sqrt", **fields), SMALL)
+    passes(HSTUAttentionCase(lengths=(40,), dim=4, bucketing="sqrt", **fields), SMALL)
 
 
 @triton.jit
@@ -151,15 +154,15 @@ def masks() -> Iterator[tuple[Any, ...]]:
     choices = ((13, 30), (0, 1, 4, 40), (0, 1, 7, 30), (0, 1, 5, 12, 60), (1, 3, 9), (0, 3), (True, False))
     for length, prefix, targets, window, group, tail, causal in itertools.product(*choices):
         targets = min(targets, length)
-        if window or not tail:
+        if (window or not tail) and (targets or group == 1):
             yield length, min(prefix, length - targets), targets, window, group, tail, causal
 
 
-@pytest.mark.parametrize("part", range(4))
-def test_ranges_are_the_mask(part: int) -> None:
+def test_ranges_are_the_mask() -> None:
     """Against the formulas of the reference; tiles cover what is seen once, and few others."""
-    size, block = 32, 4
-    for length, prefix, targets, window, group, tail, causal in itertools.islice(masks(), part, None, 4):
+    size, block = 32, 8
+    sample = random.Random(0).sample(list(masks()), 150)
+    for length, prefix, targets, window, group, tail, causal in sample:
         seen = torch.zeros(size, size, dtype=torch.int32, device=DEVICE)
         tiles, rows = torch.zeros_like(seen), torch.zeros_like(seen)
         _seen_kernel[(1,)](
@@ -220,8 +223,8 @@ def test_partial_sums_are_bounded() -> None:
         allocated.append(tensor.numel())
         return tensor
 
-    for distances in (3, 501, 40001):
-        case = HSTUAttentionCase(lengths=(3,) * 60, dim=2, position="heads", distances=distances)
+    for distances in (3, 40001):
+        case = HSTUAttentionCase(lengths=(3,) * 12, heads=2, dim=2, position="heads", distances=distances)
         allocated.clear()
         with mock.patch.object(torch, "zeros", counting):
             passes(case, SMALL)
