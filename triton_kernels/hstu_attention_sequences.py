@@ -191,7 +191,7 @@ def runs_of_rows(
     begin = first_key if CAUSAL else tl.where(window > 0, first_key - window, 0)
     reach = tl.maximum(end_key + window, tl.where(first_key < prefix, prefix + window, 0))
     end = tl.where(old, tl.where(window > 0, tl.minimum(reach, history), history), 0)
-    begin = tl.maximum(begin, prefix)
+    begin = tl.where(old, tl.maximum(begin, prefix), 0)
     end = tl.maximum(begin, end)
 
     oldest = history - window  # that targets see within the window

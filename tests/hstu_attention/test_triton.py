@@ -106,8 +106,8 @@ def test_position_gradients_of_targets(group: int, distances: int) -> None:
 
 
 def test_unsorted_times_in_many_buckets() -> None:
-    fields: Any = {"time": "heads", "buckets": 70, "unsorted_times": True, "targets": 3}
-    passes(HSTUAttentionCase(lengths=(40,), dim=4, bucketing="sqrt", **fields), SMALL)
+    fields: Any = {"heads": 1, "time": "heads", "buckets": 20, "unsorted_times": True, "targets": 3}
+    passes(HSTUAttentionCase(lengths=(33,), dim=4, bucketing="sqrt", **fields), SMALL)
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def masks() -> Iterator[tuple[Any, ...]]:
 def test_ranges_are_the_mask() -> None:
     """Against the formulas of the reference; tiles cover what is seen once, and few others."""
     size, block = 32, 8
-    sample = random.Random(0).sample(list(masks()), 150)
+    sample = random.Random(0).sample(list(masks()), 80)
     for length, prefix, targets, window, group, tail, causal in sample:
         seen = torch.zeros(size, size, dtype=torch.int32, device=DEVICE)
         tiles, rows = torch.zeros_like(seen), torch.zeros_like(seen)
@@ -223,8 +223,8 @@ def test_partial_sums_are_bounded() -> None:
         allocated.append(tensor.numel())
         return tensor
 
-    for distances in (3, 40001):
-        case = HSTUAttentionCase(lengths=(3,) * 12, heads=2, dim=2, position="heads", distances=distances)
+    for distances in (3, 4001):
+        case = HSTUAttentionCase(lengths=(3,) * 8, heads=2, dim=2, position="heads", distances=distances)
         allocated.clear()
         with mock.patch.object(torch, "zeros", counting):
             passes(case, SMALL)
