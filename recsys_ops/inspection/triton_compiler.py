@@ -102,7 +102,8 @@ def compile_kernel(source: TritonSource, target: str) -> CompiledKernel:
     tree = ASTSource(kernel, types, source.constants, aligned)
     binary = triton.compile(tree, target=GPUTarget(*_GPUS[target]), options=source.options)
     if "amdgcn" in binary.asm:
-        return read_amdgcn(target, binary.asm["amdgcn"])
+        found = read_amdgcn(target, binary.asm["amdgcn"])
+        return replace(found, shared_bytes=max(found.shared_bytes, binary.metadata.shared))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
