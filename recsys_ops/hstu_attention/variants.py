@@ -112,8 +112,10 @@ def _source(variant: Variant, target: str) -> TritonSource:
         **{name: None for name in OPTIONAL if name not in FEATURES[variant.features]},
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    integers = ("offsets_ptr", "num_contextual_ptr", "num_targets_ptr", "intervals_ptr", "timestamps_ptr")
-    integers = (*integers, "boundaries_ptr", "dropout_seed_ptr", "page_table_ptr")
+    integers = (
+        *("offsets_ptr", "num_contextual_ptr", "num_targets_ptr", "intervals_ptr", "timestamps_ptr"),
+        *("boundaries_ptr", "dropout_seed_ptr", "page_table_ptr"),
+    )
     pointers = {name: "*i64" for name in kernel.arg_names if name.endswith(integers)}
     wide = (*POSITION, "time_weight_ptr", "time_partial_ptr", "row_scale_ptr", *SCALES)
     pointers |= dict.fromkeys(wide, f"*{sums}")
