@@ -38,6 +38,7 @@ class TritonSource:
     signature: dict[str, str]  # types of the run-time arguments: ``{"x_ptr": "*fp32", "n": "i32"}``
     constants: dict[str, Any]  # all other arguments: the ``tl.constexpr`` ones, and None for absent pointers
     options: dict[str, Any] = field(default_factory=dict)  # of the launch: ``num_warps``, ``debug``, ...
+    multiples_of_16: tuple[str, ...] = ()  # integers that are, such as strides
 
 
 def missing() -> str | None:
@@ -94,12 +95,15 @@ def compile_kernel(source: TritonSource, target: str) -> CompiledKernel:
         )
     types = {name: source.signature.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(types.items())
+        if kind.startswith("*") or name in source.multiples_of_16
     }
     tree = ASTSource(kernel, types, source.constants, aligned)
     binary = triton.compile(tree, target=GPUTarget(*_GPUS[target]), options=source.options)
     if "amdgcn" in binary.asm:
-        return read_amdgcn(target, binary.asm["amdgcn"])
+        found = read_amdgcn(target, binary.asm["amdgcn"])
+        return replace(found, shared_bytes=max(found.shared_bytes, binary.metadata.shared))
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(binary.asm["cubin"])
