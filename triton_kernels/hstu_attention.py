@@ -22,7 +22,6 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -388,7 +387,7 @@ class _Batch:
             "threshold": philox.threshold(self.dropout),
             "scale": _bits(self.scale),
             "alpha": _bits(self.alpha),
-            "keep_factor": _bits(np.float32(1) / np.float32(1 - self.dropout)),  # as PyTorch divides
+            "keep_factor": _bits(1 / (1 - self.dropout)),
             "D": self.q.shape[2],
             "V": self.value_dim,
             "NEXT": self.next_timestamps,
