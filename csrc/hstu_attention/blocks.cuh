@@ -82,8 +82,8 @@ __device__ void learn_rows(
     bounds->clear();
   }
   __syncthreads();
-  if (threadIdx.x < N) {
-    const int i = static_cast<int>(threadIdx.x), row = first + i;
+  for (int i = threadIdx.x; i < N; i += blockDim.x) {
+    const int row = first + i;
     const Seen seen = facts.learn(problem, sequence, i, row, extras);
     if (row < sequence.rows) {
       bounds->include(seen);

@@ -58,6 +58,7 @@ template <class T>
 class CachedRows {
  public:
   using A = Accumulate<T>;
+  static constexpr int words_at_once = 1;
 
   __device__ CachedRows(
       const Cache& cache, const Matrix& cached, int64_t page_stride, Cache::Codes codes, const void* scales,

@@ -8,19 +8,22 @@ namespace {
 template <class T, int D>
 struct ForwardMemory {
   using S = Shape<T, D>;
-  T *q, *k[2], *v[2];
+  static constexpr int tile_size = S::tile * S::stride;
+  T* q;
+  T* k;  // two tiles: one that is used and one that is on its way
+  T* v;  // likewise
   RowFacts<Accumulate<T>, S::block> rows;
-  KeyFacts<S::tile> keys[2];
+  KeyFacts<S::tile> keys;
   Bounds* bounds;
   T* scratch;
   int64_t bytes;
 
   RECSYS_OPS_INLINE explicit ForwardMemory(Arena arena)
       : q(arena.take<T>(S::block * S::stride)),
-        k{arena.take<T>(S::tile * S::stride), arena.take<T>(S::tile * S::stride)},
-        v{arena.take<T>(S::tile * S::stride), arena.take<T>(S::tile * S::stride)},
+        k(arena.take<T>(2 * tile_size)),
+        v(arena.take<T>(2 * tile_size)),
         rows(arena),
-        keys{KeyFacts<S::tile>(arena), KeyFacts<S::tile>(arena)},
+        keys(arena),
         bounds(arena.take<Bounds>(1)),
         scratch(arena.take<T>(S::warps * scratch_of_warp<T, S::tile>)),
         bytes(arena.bytes()) {}
@@ -62,10 +65,10 @@ __device__ void attend(
 
   const auto fetch = [&](int tile, int stage) {
     if (tile != tiles.after_all) {
-      load_tile<T, D, S::tile>(memory.k[stage], keys, tile * S::tile, sequence.keys);
-      load_tile<T, D, S::tile>(memory.v[stage], values, tile * S::tile, sequence.keys);
-      if (EXTRAS && threadIdx.x < S::tile) {
-        memory.keys[stage].learn(problem, sequence, threadIdx.x, tile * S::tile + threadIdx.x);
+      load_tile<T, D, S::tile>(memory.k + stage * memory.tile_size, keys, tile * S::tile, sequence.keys);
+      load_tile<T, D, S::tile>(memory.v + stage * memory.tile_size, values, tile * S::tile, sequence.keys);
+      for (int i = threadIdx.x; EXTRAS && i < S::tile; i += S::threads) {
+        memory.keys.of(stage).learn(problem, sequence, i, tile * S::tile + i);
       }
     }
     __pipeline_commit();
@@ -80,14 +83,14 @@ __device__ void attend(
     const int following = tiles.next(tile + 1);
     fetch(following, stage ^ 1);
     Sums<T, S::tile> weights;  // [16, tile]
-    multiply_rows<T, D, S::tile>(weights, memory.q + lane.warp * 16 * S::stride, memory.k[stage]);
-    const KeyFacts<S::tile>& facts = memory.keys[stage];
+    multiply_rows<T, D, S::tile>(weights, memory.q + lane.warp * 16 * S::stride, memory.k + stage * memory.tile_size);
+    const KeyFacts<S::tile> facts = memory.keys.of(stage);
     const Scores<T, S::tile, false, EXTRAS> scores = {
         problem, sequence, head, item.first, tile * S::tile, memory.rows.seen, memory.rows.place, memory.rows.time,
         facts.place, facts.time};
     const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * S::tile, S::tile);
     weigh<T, S::tile, EXTRAS>(weights, scores, lane, all);
-    add_product<T, D, S::tile>(sums, weights, memory.v[stage], item.column, memory.scratch);
+    add_product<T, D, S::tile, S::columns>(sums, weights, memory.v + stage * memory.tile_size, item.column, memory.scratch);
     tile = following;
     stage ^= 1;
   }
@@ -96,14 +99,15 @@ __device__ void attend(
   const A scale = static_cast<A>(problem.scale);
   const A factors[2] = {scale * memory.rows.scale[lane.row], scale * memory.rows.scale[lane.row + 8]};
   T* staged = memory.q + lane.warp * 16 * S::stride;
-  stage_sums<T, D>(staged, sums, factors);
+  stage_sums<T, D, S::columns>(staged, sums, factors);
   __syncwarp();
-  store_rows<T, D>(staged, out, sequence.first_row, head, item.first + lane.warp * 16, sequence.rows, item.column);
+  store_rows<T, D, S::columns>(
+      staged, out, sequence.first_row, head, item.first + lane.warp * 16, sequence.rows, item.column);
   __syncthreads();
 }
 
 template <class T, int D, bool EXTRAS>
-__global__ void __launch_bounds__(Shape<T, D>::threads)
+__global__ void __launch_bounds__(Shape<T, D>::threads, 2)
     hstu_attention_forward_kernel(const __grid_constant__ Problem problem, const Matrix out, int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
@@ -125,7 +129,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads)
 }
 
 template <class T, int D>
-__global__ void __launch_bounds__(Shape<T, D>::threads) hstu_attention_cached_forward_kernel(
+__global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_cached_forward_kernel(
     const __grid_constant__ Problem problem, const __grid_constant__ Cache cache, const Matrix out,
     int64_t num_items) {
   using S = Shape<T, D>;

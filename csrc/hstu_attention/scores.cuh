@@ -112,6 +112,15 @@ struct RowFacts {
         shift(arena.take<int>(N)),
         time(arena.take<int64_t>(N)) {}
 
+  __device__ RowFacts(Seen* seen, A* scale, int* place, int* shift, int64_t* time)
+      : seen(seen), scale(scale), place(place), shift(shift), time(time) {}
+
+  // Of one of two tiles of N / 2 rows.
+  __device__ RowFacts of(int stage) const {
+    const int at = stage * (N / 2);
+    return {seen + at, scale + at, place + at, shift + at, time + at};
+  }
+
   // Of a row of a sequence, which may be past its end; returns whom it sees.
   __device__ Seen learn(const Problem& problem, const Sequence& sequence, int i, int row, bool extras) const {
     const bool inside = row < sequence.rows;
@@ -137,7 +146,11 @@ struct KeyFacts {
   int* place;
   int64_t* time;
 
-  RECSYS_OPS_INLINE explicit KeyFacts(Arena& arena) : place(arena.take<int>(N)), time(arena.take<int64_t>(N)) {}
+  RECSYS_OPS_INLINE explicit KeyFacts(Arena& arena)
+      : place(arena.take<int>(2 * N)), time(arena.take<int64_t>(2 * N)) {}
+  __device__ KeyFacts(int* place, int64_t* time) : place(place), time(time) {}
+
+  __device__ KeyFacts of(int stage) const { return {place + stage * N, time + stage * N}; }
 
   __device__ void learn(const Problem& problem, const Sequence& sequence, int i, int position) const {
     if (problem.bias.position_weight) {

@@ -37,13 +37,35 @@ struct Shape {
   static constexpr int tile = largest_tile < RECSYS_OPS_ATTENTION_TILE ? largest_tile : RECSYS_OPS_ATTENTION_TILE;
   static constexpr int together = 16 / sizeof(T);  // elements of a word
   static constexpr int stride = D + together;      // of rows in shared memory; so eight of them meet in no bank
-  // Columns of results that a block computes, as many as registers hold.
-  static constexpr int columns = D * sizeof(Accumulate<T>) > 1024 ? D / 2 : D;
+  // Columns of a result that a block computes, as many as registers hold; and those of each of two.
+  static constexpr int most_columns = on_tensor_cores ? 256 : 512 / sizeof(T);
+  static constexpr int columns = D < most_columns ? D : most_columns;
   static constexpr int parts = D / columns;
+  static constexpr int columns_of_two = D < most_columns / 2 ? D : most_columns / 2;
+  static constexpr int parts_of_two = D / columns_of_two;
 };
+
+// N elements in shared memory as one word.
+template <int N, class T>
+__device__ Pack<T, N> read_word(const T* from) {
+  using Word = typename recsys_ops::cuda::WordOf<N * sizeof(T)>::type;
+  const Word word = *reinterpret_cast<const Word*>(from);
+  Pack<T, N> elements;
+  memcpy(&elements, &word, sizeof(word));
+  return elements;
+}
+
+template <int N, class T>
+__device__ void write_word(T* to, const Pack<T, N>& elements) {
+  using Word = typename recsys_ops::cuda::WordOf<N * sizeof(T)>::type;
+  Word word;
+  memcpy(&word, &elements, sizeof(word));
+  *reinterpret_cast<Word*>(to) = word;
+}
 
 template <class T>
 struct Rows {
+  static constexpr int words_at_once = 4;
   const T* data;  // of position 0
   int64_t row_stride, column_stride;
   int columns;
@@ -80,19 +102,20 @@ template <class T, int D, int N, class Source>
 __device__ void load_tile(T* to, const Source& source, int first, int end) {
   using S = Shape<T, D>;
   constexpr int words = D / S::together;
-#pragma unroll 4
+#pragma unroll Source::words_at_once
   for (int word = threadIdx.x; word < N * words; word += S::threads) {
     const int row = word / words, column = word % words * S::together;
     source.fetch(to + row * S::stride + column, first + row, column, first + row < end);
   }
 }
 
-// A warp's 16 rows from shared memory to rows [first, first + 16) before `end`, columns from
+// A warp's 16 rows from shared memory to rows [first, first + 16) before `end`, C columns from
 // `column` on.
-template <class T, int D>
-__device__ void store_rows(const T* from, const Matrix& matrix, int64_t row, int64_t head, int first, int end, int column) {
+template <class T, int D, int C>
+__device__ void store_rows(
+    const T* from, const Matrix& matrix, int64_t row, int64_t head, int first, int end, int column) {
   using S = Shape<T, D>;
-  constexpr int words = S::columns / S::together;
+  constexpr int words = C / S::together;
   T* to = static_cast<T*>(matrix.data) + row * matrix.row_stride + head * matrix.head_stride;
   for (int word = threadIdx.x % warp_lanes; word < 16 * words; word += warp_lanes) {
     const int i = word / words, within = word % words * S::together;
@@ -100,8 +123,7 @@ __device__ void store_rows(const T* from, const Matrix& matrix, int64_t row, int
       continue;
     }
     T* at = to + (first + i) * matrix.row_stride + (column + within) * matrix.column_stride;
-    Pack<T, S::together> elements;
-    memcpy(&elements, __builtin_assume_aligned(from + i * S::stride + within, 16), sizeof(elements));
+    const Pack<T, S::together> elements = read_word<S::together>(from + i * S::stride + within);
     if (matrix.wide) {
       recsys_ops::cuda::store(at, elements);
     } else {
@@ -159,7 +181,7 @@ __device__ void multiply_rows(Sums<T, N>& sums, const T* a, const T* b) {
     const T* row_of_a = a + lane / 4 * S::stride;
     const T* row_of_b = b + lane % 4 * 2 * S::stride;
     using Word = Pack<T, S::together>;
-    const auto word = [](const T* at) { return *static_cast<const Word*>(__builtin_assume_aligned(at, 16)); };
+    const auto word = [](const T* at) { return read_word<S::together>(at); };
 #pragma unroll 2
     for (int d = 0; d < D; d += S::together) {
       const Word left[2] = {word(row_of_a + d), word(row_of_a + 8 * S::stride + d)};
@@ -183,11 +205,10 @@ __device__ void multiply_rows(Sums<T, N>& sums, const T* a, const T* b) {
 template <class T, int N>
 constexpr int scratch_of_warp = sizeof(T) == 2 ? 0 : 16 * (N + 1);
 
-// sums [16, columns] += weights [16, N] b [N, D], of b the columns from `first` on. Weights are
-// rounded to T before.
-template <class T, int D, int N>
-__device__ void add_product(
-    Sums<T, Shape<T, D>::columns>& sums, const Sums<T, N>& weights, const T* b, int first, T* scratch) {
+// sums [16, C] += weights [16, N] b [N, D], of b the columns from `first` on. Weights are rounded
+// to T before.
+template <class T, int D, int N, int C>
+__device__ void add_product(Sums<T, C>& sums, const Sums<T, N>& weights, const T* b, int first, T* scratch) {
   using S = Shape<T, D>;
   const int lane = threadIdx.x % warp_lanes;
   if constexpr (S::on_tensor_cores) {
@@ -201,7 +222,7 @@ __device__ void add_product(
           pair_of<T>(low[0], low[1]), pair_of<T>(low[2], low[3]), pair_of<T>(high[0], high[1]),
           pair_of<T>(high[2], high[3])};
 #pragma unroll
-      for (int c = 0; c < S::columns / 16; ++c) {
+      for (int c = 0; c < C / 16; ++c) {
         unsigned right[4];
         recsys_ops::cuda::load_matrices<true>(right, row_of_b + n * 16 * S::stride + c * 16);
         const unsigned even[2] = {right[0], right[1]}, odd[2] = {right[2], right[3]};
@@ -224,9 +245,8 @@ __device__ void add_product(
     for (int j = 0; j < N; ++j) {
       const T left[2] = {scratch[row * (N + 1) + j], scratch[(row + 8) * (N + 1) + j]};
 #pragma unroll
-      for (int c = 0; c < S::columns / 8; ++c) {
-        Pack<T, 2> right;
-        memcpy(&right, __builtin_assume_aligned(b + j * S::stride + first + c * 8 + column, 2 * sizeof(T)), sizeof(right));
+      for (int c = 0; c < C / 8; ++c) {
+        const Pack<T, 2> right = read_word<2>(b + j * S::stride + first + c * 8 + column);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           sums[c][i] += left[0] * right[i];
@@ -238,20 +258,19 @@ __device__ void add_product(
   }
 }
 
-// A warp's sums times a factor, to its rows in shared memory, [16, columns].
-template <class T, int D>
-__device__ void stage_sums(T* to, const Sums<T, Shape<T, D>::columns>& sums, const Accumulate<T> (&factor)[2]) {
+// A warp's sums times a factor, to its rows in shared memory, [16, C].
+template <class T, int D, int C>
+__device__ void stage_sums(T* to, const Sums<T, C>& sums, const Accumulate<T> (&factor)[2]) {
   using S = Shape<T, D>;
   const int lane = threadIdx.x % warp_lanes;
 #pragma unroll
-  for (int c = 0; c < S::columns / 8; ++c) {
+  for (int c = 0; c < C / 8; ++c) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       Pack<T, 2> both;
       recsys_ops::cuda::narrow(sums[c][2 * h] * factor[h], both[0]);
       recsys_ops::cuda::narrow(sums[c][2 * h + 1] * factor[h], both[1]);
-      T* at = to + (lane / 4 + h * 8) * S::stride + c * 8 + lane % 4 * 2;
-      memcpy(__builtin_assume_aligned(at, 2 * sizeof(T)), &both, sizeof(both));
+      write_word(to + (lane / 4 + h * 8) * S::stride + c * 8 + lane % 4 * 2, both);
     }
   }
 }
