@@ -42,8 +42,27 @@ struct KeysMemory {
         bytes(arena.bytes()) {}
 };
 
-// A power of two near the largest of a sequence's row scales. Weights times scales are rounded to
-// fp16 after division by it, so that small scales do not end among the subnormals. Has barriers.
+template <class T>
+__device__ Accumulate<T> rounded(Accumulate<T> value) {
+  T narrow;
+  recsys_ops::cuda::narrow(value, narrow);
+  return recsys_ops::cuda::widen(narrow);
+}
+
+// What rounding to T leaves over.
+template <class T, int N>
+__device__ void keep_remainders(Sums<T, N>& values) {
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      values[n][c] -= rounded<T>(values[n][c]);
+    }
+  }
+}
+
+// A power of two near the largest of a sequence's row scales. Weights times scales are held in fp16
+// after division by it, so that small scales do not end among the subnormals. Has barriers.
 template <class T>
 __device__ float unit_of_scales(const Problem& problem, const Sequence& sequence, int* largest) {
   if constexpr (!std::is_same_v<T, Half>) {
@@ -84,14 +103,14 @@ __device__ void differentiate(
     for (int c = 0; c < 4; ++c) {
       const Activation<A> at = activate<TileScores::fast>(weights[n][c]);
       const A of_row = rows.scale[TileScores::row_of(lane, n, c)];
-      A weight = at.weight * (of_row * per_unit), grad = grads[n][c] * (of_row * scale) * at.slope;
+      A weight = at.weight, grad = grads[n][c] * (of_row * scale) * at.slope;
       if constexpr (EXTRAS) {
         const A kept = TileScores::is_set(stays, n, c) ? factor : A{0};
         weight *= kept;
         grad *= kept;
       }
       const bool is_seen = TileScores::is_set(counts, n, c);
-      weights[n][c] = is_seen ? weight : A{0};
+      weights[n][c] = is_seen ? rounded<T>(weight) * (of_row * per_unit) : A{0};
       grads[n][c] = is_seen ? grad : A{0};
     }
   }
@@ -150,6 +169,11 @@ __device__ void differentiate_keys(
         facts.seen, facts.place, facts.time, memory.keys.place, memory.keys.time};
     differentiate<T, N, EXTRAS>(weights, grads, scores, facts, lane, all, A{1} / unit);
     add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
+    if (S::on_tensor_cores && problem.row_scale) {
+      // Rounded weights times scales have more digits than T, but not than two of them.
+      keep_remainders<T, N>(weights);
+      add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
+    }
     add_product<T, D, N, C>(sums_of_k, grads, rows_of_q, item.column, memory.scratch);
     tile = following;
     stage ^= 1;
