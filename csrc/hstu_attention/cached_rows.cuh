@@ -26,9 +26,9 @@ class CachePlaces {
   // Page and row in it, or row; whether there is none is for `good` to tell.
   __device__ bool find(int i, int64_t& page, int64_t& row) const {
     if (cache.page_table.data) {
-      const int64_t entry = i / cache.page_size;
+      const int size = static_cast<int>(cache.page_size), entry = i / size;
       page = entry < cache.pages_per_sequence ? cache.page_table[number * cache.pages_per_sequence + entry] : -1;
-      row = i % cache.page_size;
+      row = i % size;
       return 0 <= page && page < cache.num_rows;
     }
     page = 0;

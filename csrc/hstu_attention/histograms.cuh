@@ -13,10 +13,12 @@ namespace recsys_ops::hstu_attention::cuda {
 
 constexpr int64_t most_histograms = 512;
 
-// Threads with a histogram of times each in shared memory, a power of two; 0 where there is no room for any.
-inline int histogram_copies(int num_buckets, int threads, int64_t bytes_of_sum) {
+// Threads with a histogram of times each in shared memory, a power of two; 0 where there is no room for
+// any. There is less of it beside rows that are large.
+inline int histogram_copies(int num_buckets, int threads, int64_t bytes_of_sum, bool rows_are_large) {
+  const int64_t most = RECSYS_OPS_ATTENTION_HISTOGRAM_BYTES / (rows_are_large ? 2 : 1);
   int copies = threads;
-  while (copies > 0 && copies * num_buckets * bytes_of_sum > RECSYS_OPS_ATTENTION_HISTOGRAM_BYTES) {
+  while (copies > 0 && copies * num_buckets * bytes_of_sum > most) {
     copies /= 2;
   }
   return copies;
@@ -56,7 +58,7 @@ class Tables {
 
   // Adds the gradients of a tile of scores; `tile` [block, N + 1] is room for them. Before the next, there
   // must be a barrier.
-  template <class T, int D, class TileScores, class Facts, int N = Shape<T, D>::tile>
+  template <class T, int D, int N, class TileScores, class Facts>
   __device__ void add(
       const Sums<T, N>& grads, const TileScores& scores, const Facts& rows, const Bounds& bounds, const Lane& lane,
       A* tile) {

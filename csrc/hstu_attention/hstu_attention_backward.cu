@@ -18,13 +18,17 @@ __device__ Activation<A> activate(A score) {
   return {score * share, share * (A{1} + score * (A{1} - share))};
 }
 
+// Rows of a tile. Two products of a tile take twice the registers of one.
 template <class T, int D>
+constexpr int tile_of_two = D * sizeof(T) <= 64 ? Shape<T, D>::tile : std::min(Shape<T, D>::tile, 32);
+
+template <class T, int D, int N>
 struct KeysMemory {
   using S = Shape<T, D>;
-  static constexpr int tile_size = S::tile * S::stride;
+  static constexpr int tile_size = N * S::stride;
   T *k, *v;        // of the block
   T *q, *grad;     // two tiles each: one that is used and one that is on its way
-  RowFacts<Accumulate<T>, 2 * S::tile> rows;
+  RowFacts<Accumulate<T>, 2 * N> rows;
   KeyFacts<S::block> keys;
   T* scratch;
   int* largest;
@@ -37,7 +41,7 @@ struct KeysMemory {
         grad(arena.take<T>(2 * tile_size)),
         rows(arena),
         keys(arena),
-        scratch(arena.take<T>(S::warps * scratch_of_warp<T, S::tile>)),
+        scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         largest(arena.take<int>(1)),
         bytes(arena.bytes()) {}
 };
@@ -116,13 +120,13 @@ __device__ void differentiate(
   }
 }
 
-template <class T, int D, bool EXTRAS>
+template <class T, int D, bool EXTRAS, int N>
 __device__ void differentiate_keys(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_k, const Matrix& grad_v, const Item& item,
-    int64_t head, const KeysMemory<T, D>& memory) {
+    int64_t head, const KeysMemory<T, D, N>& memory) {
   using S = Shape<T, D>;
   using A = Accumulate<T>;
-  constexpr int N = S::tile, C = S::columns_of_two;
+  constexpr int C = S::columns_of_two;
   const Sequence& sequence = item.sequence;
   const Lane lane;
   const int end = min(item.first + S::block, sequence.keys);
@@ -150,6 +154,7 @@ __device__ void differentiate_keys(
   for (int i = threadIdx.x; EXTRAS && i < S::block; i += S::threads) {
     memory.keys.learn(problem, sequence, i, item.first + i);
   }
+  const Left<T, D, false> keys(memory.k + lane.warp * 16 * S::stride), values(memory.v + lane.warp * 16 * S::stride);
   Sums<T, C> sums_of_k = {}, sums_of_v = {};
   int tile = tiles.next(0), stage = 0;
   fetch(tile, stage);
@@ -161,8 +166,8 @@ __device__ void differentiate_keys(
     const T* rows_of_q = memory.q + stage * memory.tile_size;
     const T* rows_of_grad = memory.grad + stage * memory.tile_size;
     Sums<T, N> weights, grads;  // [16 keys, tile]
-    multiply_rows<T, D, N>(weights, memory.k + lane.warp * 16 * S::stride, rows_of_q);
-    multiply_rows<T, D, N>(grads, memory.v + lane.warp * 16 * S::stride, rows_of_grad);
+    multiply_rows<T, D, N>(weights, keys, rows_of_q, problem.q.columns);
+    multiply_rows<T, D, N>(grads, values, rows_of_grad, problem.v.columns);
     const auto facts = memory.rows.of(stage);
     const Scores<T, N, true, EXTRAS> scores = {
         problem,    sequence,   head,       tile * N,          item.first,
@@ -199,7 +204,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
     int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const KeysMemory<T, D> memory{Arena(shared)};
+  const KeysMemory<T, D, tile_of_two<T, D>> memory{Arena(shared)};
   const Items items(problem.batch.num_heads);
   bool good = true;
   for (int64_t i = items.first; i < num_items; i += items.stride) {
@@ -213,15 +218,15 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
   check_values(good);
 }
 
-template <class T, int D>
+template <class T, int D, int N>
 struct RowsMemory {
   using S = Shape<T, D>;
   using A = Accumulate<T>;
-  static constexpr int tile_size = S::tile * S::stride;
+  static constexpr int tile_size = N * S::stride;
   T *q, *grad;  // of the block
   T *k, *v;     // two tiles each: one that is used and one that is on its way
   RowFacts<A, S::block> rows;
-  KeyFacts<S::tile> keys;
+  KeyFacts<N> keys;
   Bounds* bounds;
   T* scratch;
   A* grads;       // of scores, [block, tile + 1], for the tables only
@@ -236,19 +241,19 @@ struct RowsMemory {
         rows(arena),
         keys(arena),
         bounds(arena.take<Bounds>(1)),
-        scratch(arena.take<T>(S::warps * scratch_of_warp<T, S::tile>)),
-        grads(arena.take<A>(tables ? S::block * (S::tile + 1) : 0)),
+        scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
+        grads(arena.take<A>(tables ? S::block * (N + 1) : 0)),
         histograms(arena.take<A>(histogram_size)),
         bytes(arena.bytes()) {}
 };
 
-template <class T, int D, bool EXTRAS>
+template <class T, int D, bool EXTRAS, int N>
 __device__ void differentiate_rows(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_q, const Item& item, int64_t head,
-    const RowsMemory<T, D>& memory, Tables<Accumulate<T>>& tables) {
+    const RowsMemory<T, D, N>& memory, Tables<Accumulate<T>>& tables) {
   using S = Shape<T, D>;
   using A = Accumulate<T>;
-  constexpr int N = S::tile, C = S::columns;
+  constexpr int C = S::columns;
   const Sequence& sequence = item.sequence;
   const Lane lane;
   learn_rows<A, S::block>(problem, sequence, memory.rows, memory.bounds, item.first, EXTRAS);
@@ -270,6 +275,8 @@ __device__ void differentiate_rows(
       memory.q, Rows<T>(problem.q, sequence.first_row, head), item.first, sequence.rows);
   load_tile<T, D, S::block>(
       memory.grad, Rows<T>(grad_output, sequence.first_row, head), item.first, sequence.rows);
+  const Left<T, D, false> rows_of_q(memory.q + lane.warp * 16 * S::stride);
+  const Left<T, D, false> rows_of_grad(memory.grad + lane.warp * 16 * S::stride);
   Sums<T, C> sums = {};
   int tile = tiles.next(0), stage = 0;
   fetch(tile, stage);
@@ -280,9 +287,8 @@ __device__ void differentiate_rows(
     fetch(following, stage ^ 1);
     const T* rows_of_k = memory.k + stage * memory.tile_size;
     Sums<T, N> weights, grads;  // [16, tile]
-    multiply_rows<T, D, N>(weights, memory.q + lane.warp * 16 * S::stride, rows_of_k);
-    multiply_rows<T, D, N>(
-        grads, memory.grad + lane.warp * 16 * S::stride, memory.v + stage * memory.tile_size);
+    multiply_rows<T, D, N>(weights, rows_of_q, rows_of_k, problem.q.columns);
+    multiply_rows<T, D, N>(grads, rows_of_grad, memory.v + stage * memory.tile_size, problem.v.columns);
     const KeyFacts<N> facts = memory.keys.of(stage);
     const Scores<T, N, false, EXTRAS> scores = {
         problem,          sequence,          head,             item.first, tile * N,
@@ -292,7 +298,7 @@ __device__ void differentiate_rows(
     differentiate<T, N, EXTRAS>(weights, grads, scores, memory.rows, lane, all, A{1});
     if constexpr (EXTRAS) {
       if (item.column == 0) {
-        tables.template add<T, D>(grads, scores, memory.rows, *memory.bounds, lane, memory.grads);
+        tables.template add<T, D, N>(grads, scores, memory.rows, *memory.bounds, lane, memory.grads);
       }
     }
     add_product<T, D, N, C>(sums, grads, rows_of_k, item.column, memory.scratch);
@@ -316,7 +322,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
     const TablesAt<Accumulate<T>> at, int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const RowsMemory<T, D> memory(Arena(shared), at.any(), at.shared_size());
+  const RowsMemory<T, D, tile_of_two<T, D>> memory(Arena(shared), at.any(), at.shared_size());
   const Items items(problem.batch.num_heads);
   Tables<Accumulate<T>> tables(at, memory.histograms);
   if constexpr (EXTRAS) {
@@ -399,7 +405,7 @@ void backward_keys(
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_keys_kernel<T, D, extras.value>, blocks_of_items(items, heads, items),
-          S::threads, KeysMemory<T, D>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
+          S::threads, KeysMemory<T, D, tile_of_two<T, D>>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
     };
     if constexpr (sizeof(T) == 2) {
       if (!has_extras(problem)) {
@@ -436,11 +442,11 @@ void backward_rows(
         static_cast<A*>(times),
         problem.bias.num_distances,
         problem.bias.num_buckets,
-        histogram_copies(problem.bias.num_buckets, S::threads, sizeof(A))};
+        histogram_copies(problem.bias.num_buckets, S::threads, sizeof(A), S::row_bytes > 1024)};
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_rows_kernel<T, D, extras.value>, work.blocks, S::threads,
-          RowsMemory<T, D>(Arena(nullptr), at.any(), at.shared_size()).bytes, problem, grad_output, grad_q, at,
+          RowsMemory<T, D, tile_of_two<T, D>>(Arena(nullptr), at.any(), at.shared_size()).bytes, problem, grad_output, grad_q, at,
           work.items);
     };
     if constexpr (sizeof(T) == 2) {

@@ -77,13 +77,19 @@ __device__ void attend(
   Sums<T, S::columns> sums = {};
   int tile = tiles.next(0), stage = 0;
   fetch(tile, stage);
+  Left<T, D, D <= 128> left(memory.q + lane.warp * 16 * S::stride);
+  if constexpr (Left<T, D, D <= 128>::held) {
+    __pipeline_wait_prior(0);
+    __syncthreads();
+    left.hold();
+  }
   while (tile != tiles.after_all) {
     __pipeline_wait_prior(0);
     __syncthreads();
     const int following = tiles.next(tile + 1);
     fetch(following, stage ^ 1);
     Sums<T, S::tile> weights;  // [16, tile]
-    multiply_rows<T, D, S::tile>(weights, memory.q + lane.warp * 16 * S::stride, memory.k + stage * memory.tile_size);
+    multiply_rows<T, D, S::tile>(weights, left, memory.k + stage * memory.tile_size, problem.q.columns);
     const KeyFacts<S::tile> facts = memory.keys.of(stage);
     const Scores<T, S::tile, false, EXTRAS> scores = {
         problem, sequence, head, item.first, tile * S::tile, memory.rows.seen, memory.rows.place, memory.rows.time,

@@ -33,7 +33,7 @@ struct Shape {
   static constexpr int warps = most_warps < RECSYS_OPS_ATTENTION_WARPS ? most_warps : RECSYS_OPS_ATTENTION_WARPS;
   static constexpr int threads = warps * warp_lanes;
   static constexpr int block = warps * 16;
-  static constexpr int largest_tile = row_bytes <= 128 ? 64 : row_bytes <= 512 ? 32 : row_bytes <= 1024 ? 16 : 8;
+  static constexpr int largest_tile = row_bytes <= 128 ? 64 : row_bytes <= 256 ? 32 : row_bytes <= 1024 ? 16 : 8;
   static constexpr int tile = largest_tile < RECSYS_OPS_ATTENTION_TILE ? largest_tile : RECSYS_OPS_ATTENTION_TILE;
   static constexpr int together = 16 / sizeof(T);  // elements of a word
   static constexpr int stride = D + together;      // of rows in shared memory; so eight of them meet in no bank
@@ -149,9 +149,50 @@ struct Lane {
         column(lane % 4 * 2) {}
 };
 
-// sums [16, N] = a [16, D] b [N, D]^T. Both have rows in shared memory; a is that of the warp.
-template <class T, int D, int N>
-__device__ void multiply_rows(Sums<T, N>& sums, const T* a, const T* b) {
+// A warp's 16 rows as what products take them from: shared memory, or if HELD registers.
+template <class T, int D, bool HELD>
+class Left {
+ public:
+  using S = Shape<T, D>;
+  static constexpr bool held = HELD && S::on_tensor_cores;
+
+  __device__ explicit Left(const T* rows) : rows(rows) {}
+
+  // Once the rows have arrived.
+  __device__ void hold() {
+    if constexpr (held) {
+#pragma unroll
+      for (int d = 0; d < D / 16; ++d) {
+        load(fragments[d], d);
+      }
+    }
+  }
+
+  __device__ void get(unsigned (&fragment)[4], int d) const {
+    if constexpr (held) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        fragment[i] = fragments[d][i];
+      }
+    } else {
+      load(fragment, d);
+    }
+  }
+
+  const T* const rows;
+
+ private:
+  __device__ void load(unsigned (&fragment)[4], int d) const {
+    const int lane = threadIdx.x % warp_lanes;
+    recsys_ops::cuda::load_matrices<false>(fragment, rows + lane % 16 * S::stride + lane / 16 * 8 + d * 16);
+  }
+
+  unsigned fragments[held ? D / 16 : 1][4];
+};
+
+// sums [16, N] = a [16, D] b [N, D]^T, of rows in shared memory, zeros from some column on.
+template <class T, int D, int N, bool HELD>
+__device__ void multiply_rows(Sums<T, N>& sums, const Left<T, D, HELD>& a, const T* b, int columns) {
   using S = Shape<T, D>;
   const int lane = threadIdx.x % warp_lanes;
 #pragma unroll
@@ -162,28 +203,27 @@ __device__ void multiply_rows(Sums<T, N>& sums, const T* a, const T* b) {
     }
   }
   if constexpr (S::on_tensor_cores) {
-    const T* row_of_a = a + lane % 16 * S::stride + lane / 16 * 8;
     const T* row_of_b = b + (lane / 16 * 8 + lane % 8) * S::stride + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int d = 0; d < D; d += 16) {
+    for (int d = 0; d < D / 16; ++d) {
       unsigned left[4];
-      recsys_ops::cuda::load_matrices<false>(left, row_of_a + d);
+      a.get(left, d);
 #pragma unroll
       for (int n = 0; n < N / 16; ++n) {
         unsigned right[4];
-        recsys_ops::cuda::load_matrices<false>(right, row_of_b + n * 16 * S::stride + d);
+        recsys_ops::cuda::load_matrices<false>(right, row_of_b + n * 16 * S::stride + d * 16);
         const unsigned low[2] = {right[0], right[1]}, high[2] = {right[2], right[3]};
         recsys_ops::cuda::multiply_add<T>(sums[2 * n], left, low);
         recsys_ops::cuda::multiply_add<T>(sums[2 * n + 1], left, high);
       }
     }
   } else {
-    const T* row_of_a = a + lane / 4 * S::stride;
+    const T* row_of_a = a.rows + lane / 4 * S::stride;
     const T* row_of_b = b + lane % 4 * 2 * S::stride;
     using Word = Pack<T, S::together>;
     const auto word = [](const T* at) { return read_word<S::together>(at); };
-#pragma unroll 2
-    for (int d = 0; d < D; d += S::together) {
+#pragma unroll 1
+    for (int d = 0; d < columns; d += S::together) {
       const Word left[2] = {word(row_of_a + d), word(row_of_a + 8 * S::stride + d)};
 #pragma unroll
       for (int n = 0; n < N / 8; ++n) {
