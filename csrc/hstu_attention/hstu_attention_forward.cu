@@ -112,8 +112,12 @@ __device__ void attend(
   __syncthreads();
 }
 
+// Blocks of a multiprocessor that registers must suffice for.
 template <class T, int D, bool EXTRAS>
-__global__ void __launch_bounds__(Shape<T, D>::threads, 2)
+constexpr int blocks_at_once = !EXTRAS && D <= 64 ? 3 : 2;
+
+template <class T, int D, bool EXTRAS>
+__global__ void __launch_bounds__(Shape<T, D>::threads, (blocks_at_once<T, D, EXTRAS>))
     hstu_attention_forward_kernel(const __grid_constant__ Problem problem, const Matrix out, int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
