@@ -88,23 +88,34 @@ class CachedRows {
     }
     constexpr int together = 16 / sizeof(T);
     const A scale = good && scales ? scales[(page * page_size + row) * num_heads + head] : A{1};
+    Pack<uint8_t, together> read = {};
+    if (codes != Cache::Codes::none) {
+      if (old.wide) {
+        read = recsys_ops::cuda::load<together>(bytes, at + column, good && column < old.columns).unpacked();
+      } else {
 #pragma unroll
-    for (int x = 0; x < together; ++x) {
-      A value = 0;
-      if (good && column + x < old.columns) {
-        const int64_t element = at + (column + x) * old.column_stride;
-        if (codes == Cache::Codes::none) {
-          value = widen(old.data[element]);
-        } else if (codes == Cache::Codes::int8) {
-          value = static_cast<A>(static_cast<int8_t>(bytes[element]));
-        } else {
-          value = static_cast<A>(from_e4m3(bytes[element]));
+        for (int x = 0; x < together; ++x) {
+          const bool wanted = good && column + x < old.columns;
+          read[x] = wanted ? bytes[at + (column + x) * old.column_stride] : uint8_t{0};
         }
       }
-      T rounded;
-      recsys_ops::cuda::narrow(value * scale, rounded);
-      to[x] = rounded;
     }
+    Pack<T, together> elements;
+#pragma unroll
+    for (int x = 0; x < together; ++x) {
+      A value;
+      if (codes == Cache::Codes::int8) {
+        value = static_cast<A>(static_cast<int8_t>(read[x]));
+      } else if (codes == Cache::Codes::float8) {
+        value = static_cast<A>(from_e4m3(read[x]));
+      } else {
+        const bool wanted = good && column + x < old.columns;
+        value = wanted ? recsys_ops::cuda::widen(old.data[at + (column + x) * old.column_stride]) : A{0};
+      }
+      // Past the last column a scale that is not finite must leave zeros.
+      recsys_ops::cuda::narrow(column + x < old.columns ? value * scale : A{0}, elements[x]);
+    }
+    write_word(to, elements);
   }
 
  private:
@@ -115,8 +126,6 @@ class CachedRows {
   const uint8_t* bytes;  // of codes
   const A* scales;
   const int64_t head, num_heads;
-
-  static __device__ A widen(T value) { return recsys_ops::cuda::widen(value); }
 };
 
 }  // namespace recsys_ops::hstu_attention::cuda

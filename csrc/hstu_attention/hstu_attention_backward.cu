@@ -32,6 +32,9 @@ struct KeysMemory {
   KeyFacts<S::block> keys;
   T* scratch;
   int* largest;
+  // Not in registers, which are scarce: the block's sequence, and its rows that see any of the keys.
+  Sequence* sequence;
+  TileRanges<4>* tiles;
   int64_t bytes;
 
   RECSYS_OPS_INLINE explicit KeysMemory(Arena arena)
@@ -43,6 +46,8 @@ struct KeysMemory {
         keys(arena),
         scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         largest(arena.take<int>(1)),
+        sequence(arena.take<Sequence>(1)),
+        tiles(arena.take<TileRanges<4>>(1)),
         bytes(arena.bytes()) {}
 };
 
@@ -106,7 +111,7 @@ __device__ void differentiate(
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
       const Activation<A> at = activate<TileScores::fast>(weights[n][c]);
-      const A of_row = rows.scale[TileScores::row_of(lane, n, c)];
+      const A of_row = EXTRAS ? rows.scale[TileScores::row_of(lane, n, c)] : A{1};
       A weight = at.weight, grad = grads[n][c] * (of_row * scale) * at.slope;
       if constexpr (EXTRAS) {
         const A kept = TileScores::is_set(stays, n, c) ? factor : A{0};
@@ -127,11 +132,16 @@ __device__ void differentiate_keys(
   using S = Shape<T, D>;
   using A = Accumulate<T>;
   constexpr int C = S::columns_of_two;
-  const Sequence& sequence = item.sequence;
+  const Sequence& sequence = *memory.sequence;
   const Lane lane;
-  const int end = min(item.first + S::block, sequence.keys);
-  const TileRanges<4> tiles = rows_that_see(problem.mask, sequence, item.first, end, N);
-  const A unit = unit_of_scales<T>(problem, sequence, memory.largest);
+  if (threadIdx.x == 0) {
+    *memory.sequence = item.sequence;
+    const int end = min(item.first + S::block, sequence.keys);
+    *memory.tiles = rows_that_see(problem.mask, sequence, item.first, end, N);
+  }
+  __syncthreads();
+  const TileRanges<4>& tiles = *memory.tiles;
+  const A unit = EXTRAS ? unit_of_scales<T>(problem, sequence, memory.largest) : A{1};
   const Rows<T> q(problem.q, sequence.first_row, head), grad(grad_output, sequence.first_row, head);
 
   bool sees_all = true;  // as far as this thread knows, every row of the next tile every key
@@ -174,7 +184,7 @@ __device__ void differentiate_keys(
         facts.seen, facts.place, facts.time, memory.keys.place, memory.keys.time};
     differentiate<T, N, EXTRAS>(weights, grads, scores, facts, lane, all, A{1} / unit);
     add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
-    if (S::on_tensor_cores && problem.row_scale) {
+    if (EXTRAS && S::on_tensor_cores && problem.row_scale) {
       // Rounded weights times scales have more digits than T, but not than two of them.
       keep_remainders<T, N>(weights);
       add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
@@ -408,7 +418,7 @@ void backward_keys(
           S::threads, KeysMemory<T, D, tile_of_two<T, D>>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
     };
     if constexpr (sizeof(T) == 2) {
-      if (!has_extras(problem)) {
+      if (!has_extras(problem) && !problem.row_scale) {
         return with(std::false_type());
       }
     }
@@ -450,7 +460,7 @@ void backward_rows(
           work.items);
     };
     if constexpr (sizeof(T) == 2) {
-      if (!has_extras(problem)) {
+      if (!has_extras(problem) && !problem.row_scale) {
         return with(std::false_type());
       }
     }
