@@ -32,9 +32,7 @@ struct KeysMemory {
   KeyFacts<S::block> keys;
   T* scratch;
   int* largest;
-  // Not in registers, which are scarce: the block's sequence, and its rows that see any of the keys.
-  Sequence* sequence;
-  TileRanges<4>* tiles;
+  TileRanges<4>* tiles;  // of rows that see any of the keys; not in registers, which are scarce
   int64_t bytes;
 
   RECSYS_OPS_INLINE explicit KeysMemory(Arena arena)
@@ -46,7 +44,6 @@ struct KeysMemory {
         keys(arena),
         scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         largest(arena.take<int>(1)),
-        sequence(arena.take<Sequence>(1)),
         tiles(arena.take<TileRanges<4>>(1)),
         bytes(arena.bytes()) {}
 };
@@ -132,12 +129,11 @@ __device__ void differentiate_keys(
   using S = Shape<T, D>;
   using A = Accumulate<T>;
   constexpr int C = S::columns_of_two;
-  const Sequence& sequence = *memory.sequence;
+  const Sequence& sequence = item.sequence;
   const Lane lane;
   if (threadIdx.x == 0) {
-    *memory.sequence = item.sequence;
     const int end = min(item.first + S::block, sequence.keys);
-    *memory.tiles = rows_that_see(problem.mask, sequence, item.first, end, N);
+    find_rows_that_see(*memory.tiles, problem.mask, sequence, item.first, end, N);
   }
   __syncthreads();
   const TileRanges<4>& tiles = *memory.tiles;

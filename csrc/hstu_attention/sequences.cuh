@@ -140,11 +140,10 @@ struct TileRanges {
 
 // Tiles of rows of q that may see keys [begin, end) of their sequence: the prefix, the history within
 // its window and past it, the targets.
-__device__ inline TileRanges<4> rows_that_see(
-    const Mask& mask, const Sequence& sequence, int begin, int end, int tile) {
+__device__ inline void find_rows_that_see(
+    TileRanges<4>& ranges, const Mask& mask, const Sequence& sequence, int begin, int end, int tile) {
   const int prefix = sequence.contextual, history = sequence.history, shift = sequence.keys - sequence.rows;
   const bool has_history = begin < history;
-  TileRanges<4> ranges;
   const auto set = [&](int i, bool any, int first, int last) {
     ranges.set(i, max(first - shift, 0), any ? max(last - shift, 0) : 0, tile);
   };
@@ -167,7 +166,6 @@ __device__ inline TileRanges<4> rows_that_see(
     const int group = history + (mask.causal ? from : from / size * size);
     set(3, end > history, group, min(sequence.keys, history + ((end - 1 - history) / size + 1) * size));
   }
-  return ranges;
 }
 
 }  // namespace recsys_ops::hstu_attention::cuda
