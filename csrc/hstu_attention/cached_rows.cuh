@@ -58,7 +58,8 @@ template <class T>
 class CachedRows {
  public:
   using A = Accumulate<T>;
-  static constexpr int words_at_once = 1;
+  static constexpr bool wide = false;
+  static constexpr bool by_pieces = true;  // each row may be anywhere
 
   __device__ CachedRows(
       const Cache& cache, const Matrix& cached, int64_t page_stride, Cache::Codes codes, const void* scales,
@@ -74,16 +75,17 @@ class CachedRows {
         head(head),
         num_heads(num_heads) {}
 
+  template <bool>
   __device__ void fetch(T* to, int i, int column, bool wanted) const {
     if (!wanted || i >= places.count) {
-      fresh.fetch(to, i - places.count, column, wanted);
+      fetch_of(fresh, to, wanted ? fresh.data + (i - places.count) * fresh.row_stride : fresh.data, column, wanted);
       return;
     }
     int64_t page, row;
     const bool good = places.find(i, page, row);
     const int64_t at = good ? page * page_stride + row * old.row_stride : 0;
     if (codes == Cache::Codes::none && !scales) {
-      old.fetch_from(to, old.data + at, column, good);
+      fetch_of(old, to, old.data + at, column, good);
       return;
     }
     constexpr int together = 16 / sizeof(T);
@@ -119,6 +121,14 @@ class CachedRows {
   }
 
  private:
+  static __device__ void fetch_of(const Rows<T>& rows, T* to, const T* row, int column, bool wanted) {
+    if (rows.wide) {
+      rows.template fetch_from<true>(to, row, column, wanted);
+    } else {
+      rows.template fetch_from<false>(to, row, column, wanted);
+    }
+  }
+
   const CachePlaces places;
   const Rows<T> old, fresh;
   const int64_t page_stride, page_size;

@@ -22,6 +22,10 @@ __device__ Activation<A> activate(A score) {
 template <class T, int D>
 constexpr int tile_of_two = D * sizeof(T) <= 64 ? Shape<T, D>::tile : std::min(Shape<T, D>::tile, 32);
 
+// Sums of two products leave fewer registers, and what scores depend on takes some of them.
+template <class T, int D, bool EXTRAS>
+constexpr int tile_of_keys = EXTRAS && D == 128 ? std::min(Shape<T, D>::tile, 16) : tile_of_two<T, D>;
+
 template <class T, int D, int N>
 struct KeysMemory {
   using S = Shape<T, D>;
@@ -162,31 +166,35 @@ __device__ void differentiate_keys(
   }
   const Left<T, D, false> keys(memory.k + lane.warp * 16 * S::stride), values(memory.v + lane.warp * 16 * S::stride);
   Sums<T, C> sums_of_k = {}, sums_of_v = {};
-  int tile = tiles.next(0), stage = 0;
-  fetch(tile, stage);
+  // The first time round there is nothing but to fetch.
+  int tile = tiles.none, following = tiles.next(0), stage = 1;
   while (tile != tiles.after_all) {
-    __pipeline_wait_prior(0);
-    const bool all = __syncthreads_and(sees_all);
-    const int following = tiles.next(tile + 1);
-    fetch(following, stage ^ 1);
-    const T* rows_of_q = memory.q + stage * memory.tile_size;
-    const T* rows_of_grad = memory.grad + stage * memory.tile_size;
-    Sums<T, N> weights, grads;  // [16 keys, tile]
-    multiply_rows<T, D, N>(weights, keys, rows_of_q, problem.q.columns);
-    multiply_rows<T, D, N>(grads, values, rows_of_grad, problem.v.columns);
-    const auto facts = memory.rows.of(stage);
-    const Scores<T, N, true, EXTRAS> scores = {
-        problem,    sequence,   head,       tile * N,          item.first,
-        facts.seen, facts.place, facts.time, memory.keys.place, memory.keys.time};
-    differentiate<T, N, EXTRAS>(weights, grads, scores, facts, lane, all, A{1} / unit);
-    add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
-    if (EXTRAS && S::on_tensor_cores && problem.row_scale) {
-      // Rounded weights times scales have more digits than T, but not than two of them.
-      keep_remainders<T, N>(weights);
-      add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
+    if (tile != tiles.none) {
+      __pipeline_wait_prior(0);
     }
-    add_product<T, D, N, C>(sums_of_k, grads, rows_of_q, item.column, memory.scratch);
+    const bool all = __syncthreads_and(sees_all);
+    fetch(following, stage ^ 1);
+    if (tile != tiles.none) {
+      const T* rows_of_q = memory.q + stage * memory.tile_size;
+      const T* rows_of_grad = memory.grad + stage * memory.tile_size;
+      Sums<T, N> weights, grads;  // [16 keys, tile]
+      multiply_rows<T, D, N>(weights, keys, rows_of_q, problem.q.columns);
+      multiply_rows<T, D, N>(grads, values, rows_of_grad, problem.v.columns);
+      const auto facts = memory.rows.of(stage);
+      const Scores<T, N, true, EXTRAS> scores = {
+          problem,    sequence,   head,       tile * N,          item.first,
+          facts.seen, facts.place, facts.time, memory.keys.place, memory.keys.time};
+      differentiate<T, N, EXTRAS>(weights, grads, scores, facts, lane, all, A{1} / unit);
+      add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
+      if (EXTRAS && S::on_tensor_cores && problem.row_scale) {
+        // Rounded weights times scales have more digits than T, but not than two of them.
+        keep_remainders<T, N>(weights);
+        add_product<T, D, N, C>(sums_of_v, weights, rows_of_grad, item.column, memory.scratch);
+      }
+      add_product<T, D, N, C>(sums_of_k, grads, rows_of_q, item.column, memory.scratch);
+    }
     tile = following;
+    following = tiles.next(tile + 1);
     stage ^= 1;
   }
   __pipeline_wait_prior(0);
@@ -210,7 +218,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
     int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const KeysMemory<T, D, tile_of_two<T, D>> memory{Arena(shared)};
+  const KeysMemory<T, D, tile_of_keys<T, D, EXTRAS>> memory{Arena(shared)};
   const Items items(problem.batch.num_heads);
   bool good = true;
   for (int64_t i = items.first; i < num_items; i += items.stride) {
@@ -284,31 +292,35 @@ __device__ void differentiate_rows(
   const Left<T, D, false> rows_of_q(memory.q + lane.warp * 16 * S::stride);
   const Left<T, D, false> rows_of_grad(memory.grad + lane.warp * 16 * S::stride);
   Sums<T, C> sums = {};
-  int tile = tiles.next(0), stage = 0;
-  fetch(tile, stage);
+  // The first time round there is nothing but to fetch.
+  int tile = tiles.none, following = tiles.next(0), stage = 1;
   while (tile != tiles.after_all) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    const int following = tiles.next(tile + 1);
-    fetch(following, stage ^ 1);
-    const T* rows_of_k = memory.k + stage * memory.tile_size;
-    Sums<T, N> weights, grads;  // [16, tile]
-    multiply_rows<T, D, N>(weights, rows_of_q, rows_of_k, problem.q.columns);
-    multiply_rows<T, D, N>(grads, rows_of_grad, memory.v + stage * memory.tile_size, problem.v.columns);
-    const KeyFacts<N> facts = memory.keys.of(stage);
-    const Scores<T, N, false, EXTRAS> scores = {
-        problem,          sequence,          head,             item.first, tile * N,
-        memory.rows.seen, memory.rows.place, memory.rows.time, facts.place, facts.time};
-    const bool all =
-        !(EXTRAS && problem.mask.intervals.data) && all_begin <= tile * N && tile * N + N <= all_end;
-    differentiate<T, N, EXTRAS>(weights, grads, scores, memory.rows, lane, all, A{1});
-    if constexpr (EXTRAS) {
-      if (item.column == 0) {
-        tables.template add<T, D, N>(grads, scores, memory.rows, *memory.bounds, lane, memory.grads);
-      }
+    if (tile != tiles.none) {
+      __pipeline_wait_prior(0);
     }
-    add_product<T, D, N, C>(sums, grads, rows_of_k, item.column, memory.scratch);
+    __syncthreads();
+    fetch(following, stage ^ 1);
+    if (tile != tiles.none) {
+      const T* rows_of_k = memory.k + stage * memory.tile_size;
+      Sums<T, N> weights, grads;  // [16, tile]
+      multiply_rows<T, D, N>(weights, rows_of_q, rows_of_k, problem.q.columns);
+      multiply_rows<T, D, N>(grads, rows_of_grad, memory.v + stage * memory.tile_size, problem.v.columns);
+      const KeyFacts<N> facts = memory.keys.of(stage);
+      const Scores<T, N, false, EXTRAS> scores = {
+          problem,          sequence,          head,             item.first, tile * N,
+          memory.rows.seen, memory.rows.place, memory.rows.time, facts.place, facts.time};
+      const bool all =
+          !(EXTRAS && problem.mask.intervals.data) && all_begin <= tile * N && tile * N + N <= all_end;
+      differentiate<T, N, EXTRAS>(weights, grads, scores, memory.rows, lane, all, A{1});
+      if constexpr (EXTRAS) {
+        if (item.column == 0) {
+          tables.template add<T, D, N>(grads, scores, memory.rows, *memory.bounds, lane, memory.grads);
+        }
+      }
+      add_product<T, D, N, C>(sums, grads, rows_of_k, item.column, memory.scratch);
+    }
     tile = following;
+    following = tiles.next(tile + 1);
     stage ^= 1;
   }
   __pipeline_wait_prior(0);
@@ -411,7 +423,7 @@ void backward_keys(
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_keys_kernel<T, D, extras.value>, blocks_of_items(items, heads, items),
-          S::threads, KeysMemory<T, D, tile_of_two<T, D>>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
+          S::threads, KeysMemory<T, D, tile_of_keys<T, D, extras.value>>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
     };
     if constexpr (sizeof(T) == 2) {
       if (!has_extras(problem) && !problem.row_scale) {

@@ -75,29 +75,34 @@ __device__ void attend(
   };
   load_tile<T, D, S::block>(memory.q, Rows<T>(problem.q, sequence.first_row, head), item.first, sequence.rows);
   Sums<T, S::columns> sums = {};
-  int tile = tiles.next(0), stage = 0;
-  fetch(tile, stage);
   Left<T, D, D <= 128> left(memory.q + lane.warp * 16 * S::stride);
-  if constexpr (Left<T, D, D <= 128>::held) {
-    __pipeline_wait_prior(0);
-    __syncthreads();
-    left.hold();
-  }
+  // The first time round there is nothing but to fetch.
+  int tile = tiles.none, following = tiles.next(0), stage = 1;
+  bool held = false;
   while (tile != tiles.after_all) {
-    __pipeline_wait_prior(0);
+    if (tile != tiles.none) {
+      __pipeline_wait_prior(0);
+    }
     __syncthreads();
-    const int following = tiles.next(tile + 1);
     fetch(following, stage ^ 1);
-    Sums<T, S::tile> weights;  // [16, tile]
-    multiply_rows<T, D, S::tile>(weights, left, memory.k + stage * memory.tile_size, problem.q.columns);
-    const KeyFacts<S::tile> facts = memory.keys.of(stage);
-    const Scores<T, S::tile, false, EXTRAS> scores = {
-        problem, sequence, head, item.first, tile * S::tile, memory.rows.seen, memory.rows.place, memory.rows.time,
-        facts.place, facts.time};
-    const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * S::tile, S::tile);
-    weigh<T, S::tile, EXTRAS>(weights, scores, lane, all);
-    add_product<T, D, S::tile, S::columns>(sums, weights, memory.v + stage * memory.tile_size, item.column, memory.scratch);
+    if (tile != tiles.none) {
+      if (!held) {
+        left.hold();
+        held = true;
+      }
+      Sums<T, S::tile> weights;  // [16, tile]
+      multiply_rows<T, D, S::tile>(weights, left, memory.k + stage * memory.tile_size, problem.q.columns);
+      const KeyFacts<S::tile> facts = memory.keys.of(stage);
+      const Scores<T, S::tile, false, EXTRAS> scores = {
+          problem, sequence, head, item.first, tile * S::tile, memory.rows.seen, memory.rows.place, memory.rows.time,
+          facts.place, facts.time};
+      const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * S::tile, S::tile);
+      weigh<T, S::tile, EXTRAS>(weights, scores, lane, all);
+      add_product<T, D, S::tile, S::columns>(
+          sums, weights, memory.v + stage * memory.tile_size, item.column, memory.scratch);
+    }
     tile = following;
+    following = tiles.next(tile + 1);
     stage ^= 1;
   }
   __pipeline_wait_prior(0);

@@ -135,7 +135,7 @@ struct TileRanges {
     end[i] = first < last ? (last - 1) / size + 1 : 0;
   }
 
-  static constexpr int after_all = 0x7fffffff;
+  static constexpr int none = -1, after_all = 0x7ffffffe;
 };
 
 // Tiles of rows of q that may see keys [begin, end) of their sequence: the prefix, the history within

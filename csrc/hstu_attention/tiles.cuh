@@ -65,7 +65,7 @@ __device__ void write_word(T* to, const Pack<T, N>& elements) {
 
 template <class T>
 struct Rows {
-  static constexpr int words_at_once = 4;
+  static constexpr bool by_pieces = false;
   const T* data;  // of position 0
   int64_t row_stride, column_stride;
   int columns;
@@ -79,13 +79,15 @@ struct Rows {
         wide(matrix.wide) {}
 
   // A word of row i, or zeros.
+  template <bool WIDE>
   __device__ void fetch(T* to, int i, int column, bool wanted) const {
-    fetch_from(to, data + (wanted ? i * row_stride : 0), column, wanted);
+    fetch_from<WIDE>(to, data + (wanted ? i * row_stride : 0), column, wanted);
   }
 
+  template <bool WIDE>
   __device__ void fetch_from(T* to, const T* row, int column, bool wanted) const {
     constexpr int together = 16 / sizeof(T);
-    if (wide) {
+    if constexpr (WIDE) {
       const bool inside = wanted && column < columns;
       __pipeline_memcpy_async(to, inside ? row + column : data, 16, inside ? 0 : 16);
       return;
@@ -102,10 +104,21 @@ template <class T, int D, int N, class Source>
 __device__ void load_tile(T* to, const Source& source, int first, int end) {
   using S = Shape<T, D>;
   constexpr int words = D / S::together;
-#pragma unroll Source::words_at_once
-  for (int word = threadIdx.x; word < N * words; word += S::threads) {
+  const auto fetch = [&](int word, auto wide) {
     const int row = word / words, column = word % words * S::together;
-    source.fetch(to + row * S::stride + column, first + row, column, first + row < end);
+    source.template fetch<wide.value>(to + row * S::stride + column, first + row, column, first + row < end);
+  };
+  // Element by element, it is not worth more instructions.
+  if (!Source::by_pieces && source.wide) {
+#pragma unroll 4
+    for (int word = threadIdx.x; word < N * words; word += S::threads) {
+      fetch(word, std::bool_constant<!Source::by_pieces>());
+    }
+  } else {
+#pragma unroll 1
+    for (int word = threadIdx.x; word < N * words; word += S::threads) {
+      fetch(word, std::false_type());
+    }
   }
 }
 
@@ -117,6 +130,7 @@ __device__ void store_rows(
   using S = Shape<T, D>;
   constexpr int words = C / S::together;
   T* to = static_cast<T*>(matrix.data) + row * matrix.row_stride + head * matrix.head_stride;
+#pragma unroll 2
   for (int word = threadIdx.x % warp_lanes; word < 16 * words; word += warp_lanes) {
     const int i = word / words, within = word % words * S::together;
     if (first + i >= end || column + within >= matrix.columns) {
