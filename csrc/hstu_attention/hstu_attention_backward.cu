@@ -18,13 +18,13 @@ __device__ Activation<A> activate(A score) {
   return {score * share, share * (A{1} + score * (A{1} - share))};
 }
 
-// Rows of a tile. Two products of a tile take twice the registers of one.
-template <class T, int D>
-constexpr int tile_of_two = D * sizeof(T) <= 64 ? Shape<T, D>::tile : std::min(Shape<T, D>::tile, 32);
-
-// Sums of two products leave fewer registers, and what scores depend on takes some of them.
+// Rows of a tile. Two products of a tile take twice the registers of one; where there are two sums as
+// well, what scores depend on must make do with what is left.
 template <class T, int D, bool EXTRAS>
-constexpr int tile_of_keys = EXTRAS && D == 128 ? std::min(Shape<T, D>::tile, 16) : tile_of_two<T, D>;
+constexpr int tile_of_rows = D * sizeof(T) <= 64 ? tile_of_scores<T, D, EXTRAS> : tile_of_scores<T, D, true>;
+template <class T, int D, bool EXTRAS>
+constexpr int tile_of_keys =
+    EXTRAS && D == 128 ? std::min(Shape<T, D>::tile, 16) : tile_of_rows<T, D, EXTRAS>;
 
 template <class T, int D, int N>
 struct KeysMemory {
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
     const TablesAt<Accumulate<T>> at, int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const RowsMemory<T, D, tile_of_two<T, D>> memory(Arena(shared), at.any(), at.shared_size());
+  const RowsMemory<T, D, tile_of_rows<T, D, EXTRAS>> memory(Arena(shared), at.any(), at.shared_size());
   const Items items(problem.batch.num_heads);
   Tables<Accumulate<T>> tables(at, memory.histograms);
   if constexpr (EXTRAS) {
@@ -464,7 +464,7 @@ void backward_rows(
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_rows_kernel<T, D, extras.value>, work.blocks, S::threads,
-          RowsMemory<T, D, tile_of_two<T, D>>(Arena(nullptr), at.any(), at.shared_size()).bytes, problem, grad_output, grad_q, at,
+          RowsMemory<T, D, tile_of_rows<T, D, extras.value>>(Arena(nullptr), at.any(), at.shared_size()).bytes, problem, grad_output, grad_q, at,
           work.items);
     };
     if constexpr (sizeof(T) == 2) {

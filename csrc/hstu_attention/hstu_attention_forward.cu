@@ -5,15 +5,15 @@
 namespace recsys_ops::hstu_attention::cuda {
 namespace {
 
-template <class T, int D>
+template <class T, int D, int N>
 struct ForwardMemory {
   using S = Shape<T, D>;
-  static constexpr int tile_size = S::tile * S::stride;
+  static constexpr int tile_size = N * S::stride;
   T* q;
   T* k;  // two tiles: one that is used and one that is on its way
   T* v;  // likewise
   RowFacts<Accumulate<T>, S::block> rows;
-  KeyFacts<S::tile> keys;
+  KeyFacts<N> keys;
   Bounds* bounds;
   T* scratch;
   int64_t bytes;
@@ -25,7 +25,7 @@ struct ForwardMemory {
         rows(arena),
         keys(arena),
         bounds(arena.take<Bounds>(1)),
-        scratch(arena.take<T>(S::warps * scratch_of_warp<T, S::tile>)),
+        scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         bytes(arena.bytes()) {}
 };
 
@@ -51,9 +51,9 @@ __device__ void weigh(Sums<T, N>& sums, const TileScores& scores, const Lane& la
 }
 
 // One block's rows; k and v give a sequence's keys and values by their positions.
-template <class T, int D, bool EXTRAS, class Keys, class Values>
+template <class T, int D, bool EXTRAS, int N, class Keys, class Values>
 __device__ void attend(
-    const Problem& problem, const Matrix& out, const Item& item, int64_t head, const ForwardMemory<T, D>& memory,
+    const Problem& problem, const Matrix& out, const Item& item, int64_t head, const ForwardMemory<T, D, N>& memory,
     const Keys& keys, const Values& values) {
   using S = Shape<T, D>;
   using A = Accumulate<T>;
@@ -61,14 +61,14 @@ __device__ void attend(
   const Lane lane;
   learn_rows<A, S::block>(problem, sequence, memory.rows, memory.bounds, item.first, EXTRAS);
   const Bounds bounds = *memory.bounds;
-  const TileRanges<2> tiles = bounds.tiles(S::tile);
+  const TileRanges<2> tiles = bounds.tiles(N);
 
   const auto fetch = [&](int tile, int stage) {
     if (tile != tiles.after_all) {
-      load_tile<T, D, S::tile>(memory.k + stage * memory.tile_size, keys, tile * S::tile, sequence.keys);
-      load_tile<T, D, S::tile>(memory.v + stage * memory.tile_size, values, tile * S::tile, sequence.keys);
-      for (int i = threadIdx.x; EXTRAS && i < S::tile; i += S::threads) {
-        memory.keys.of(stage).learn(problem, sequence, i, tile * S::tile + i);
+      load_tile<T, D, N>(memory.k + stage * memory.tile_size, keys, tile * N, sequence.keys);
+      load_tile<T, D, N>(memory.v + stage * memory.tile_size, values, tile * N, sequence.keys);
+      for (int i = threadIdx.x; EXTRAS && i < N; i += S::threads) {
+        memory.keys.of(stage).learn(problem, sequence, i, tile * N + i);
       }
     }
     __pipeline_commit();
@@ -90,15 +90,15 @@ __device__ void attend(
         left.hold();
         held = true;
       }
-      Sums<T, S::tile> weights;  // [16, tile]
-      multiply_rows<T, D, S::tile>(weights, left, memory.k + stage * memory.tile_size, problem.q.columns);
-      const KeyFacts<S::tile> facts = memory.keys.of(stage);
-      const Scores<T, S::tile, false, EXTRAS> scores = {
-          problem, sequence, head, item.first, tile * S::tile, memory.rows.seen, memory.rows.place, memory.rows.time,
+      Sums<T, N> weights;  // [16, tile]
+      multiply_rows<T, D, N>(weights, left, memory.k + stage * memory.tile_size, problem.q.columns);
+      const KeyFacts<N> facts = memory.keys.of(stage);
+      const Scores<T, N, false, EXTRAS> scores = {
+          problem, sequence, head, item.first, tile * N, memory.rows.seen, memory.rows.place, memory.rows.time,
           facts.place, facts.time};
-      const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * S::tile, S::tile);
-      weigh<T, S::tile, EXTRAS>(weights, scores, lane, all);
-      add_product<T, D, S::tile, S::columns>(
+      const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * N, N);
+      weigh<T, N, EXTRAS>(weights, scores, lane, all);
+      add_product<T, D, N, S::columns>(
           sums, weights, memory.v + stage * memory.tile_size, item.column, memory.scratch);
     }
     tile = following;
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, (blocks_at_once<T, D, EX
     hstu_attention_forward_kernel(const __grid_constant__ Problem problem, const Matrix out, int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const ForwardMemory<T, D> memory{Arena(shared)};
+  const ForwardMemory<T, D, tile_of_scores<T, D, EXTRAS>> memory{Arena(shared)};
   const Items items(problem.batch.num_heads);
   bool good = true;
   for (int64_t i = items.first; i < num_items; i += items.stride) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_cached
     int64_t num_items) {
   using S = Shape<T, D>;
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
-  const ForwardMemory<T, D> memory{Arena(shared)};
+  const ForwardMemory<T, D, tile_of_scores<T, D, true>> memory{Arena(shared)};
   const Items items(problem.batch.num_heads);
   const int64_t heads = problem.batch.num_heads;
   bool good = true;
@@ -189,6 +189,11 @@ Matrix result_of(const Problem& problem, void* out) {
   return {out, heads * columns, columns, 1, problem.v.columns, wide};
 }
 
+template <class T, int D, bool EXTRAS>
+int64_t bytes_of_forward() {
+  return ForwardMemory<T, D, tile_of_scores<T, D, EXTRAS>>(Arena(nullptr)).bytes;
+}
+
 template <class F>
 void start_items(const Problem& problem, const F& f) {
   dispatch_shape(problem, [&](auto* type, auto dim) {
@@ -198,8 +203,7 @@ void start_items(const Problem& problem, const F& f) {
     const int64_t items =
         block_count(problem.batch.num_rows, problem.batch.num_sequences, S::block) * S::parts;
     if (items > 0 && problem.batch.num_heads > 0) {
-      f(type, dim, items, blocks_of_items(items, problem.batch.num_heads, items), S::threads,
-        ForwardMemory<T, D>(Arena(nullptr)).bytes);
+      f(type, dim, items, blocks_of_items(items, problem.batch.num_heads, items), S::threads);
     }
   });
 }
@@ -212,12 +216,12 @@ void find_cells(const int64_t* boundaries, int num_buckets, int* cells, cudaStre
 
 void forward(const Problem& problem, void* out, cudaStream_t stream) {
   const Matrix result = result_of(problem, out);
-  start_items(problem, [&](auto* type, auto dim, int64_t items, int64_t blocks, int threads, int64_t bytes) {
+  start_items(problem, [&](auto* type, auto dim, int64_t items, int64_t blocks, int threads) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto with = [&](auto extras) {
       start(
-          stream, hstu_attention_forward_kernel<T, dim.value, extras.value>, blocks, threads, bytes, problem, result,
-          items);
+          stream, hstu_attention_forward_kernel<T, dim.value, extras.value>, blocks, threads,
+          bytes_of_forward<T, dim.value, extras.value>(), problem, result, items);
     };
     if constexpr (sizeof(T) == 2) {
       if (!has_extras(problem)) {
@@ -230,11 +234,11 @@ void forward(const Problem& problem, void* out, cudaStream_t stream) {
 
 void cached_forward(const Problem& problem, const Cache& cache, void* out, cudaStream_t stream) {
   const Matrix result = result_of(problem, out);
-  start_items(problem, [&](auto* type, auto dim, int64_t items, int64_t blocks, int threads, int64_t bytes) {
+  start_items(problem, [&](auto* type, auto dim, int64_t items, int64_t blocks, int threads) {
     using T = std::remove_pointer_t<decltype(type)>;
     start(
-        stream, hstu_attention_cached_forward_kernel<T, dim.value>, blocks, threads, bytes, problem, cache, result,
-        items);
+        stream, hstu_attention_cached_forward_kernel<T, dim.value>, blocks, threads,
+        bytes_of_forward<T, dim.value, true>(), problem, cache, result, items);
   });
 }
 

@@ -63,6 +63,10 @@ __device__ void write_word(T* to, const Pack<T, N>& elements) {
   *reinterpret_cast<Word*>(to) = word;
 }
 
+// Rows of a tile where scores depend on more than products: each takes many instructions.
+template <class T, int D, bool EXTRAS>
+constexpr int tile_of_scores = EXTRAS && Shape<T, D>::tile > 32 ? 32 : Shape<T, D>::tile;
+
 template <class T>
 struct Rows {
   static constexpr bool by_pieces = false;
