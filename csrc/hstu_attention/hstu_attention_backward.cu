@@ -423,7 +423,8 @@ void backward_keys(
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_keys_kernel<T, D, extras.value>, blocks_of_items(items, heads, items),
-          S::threads, KeysMemory<T, D, tile_of_keys<T, D, extras.value>>(Arena(nullptr)).bytes, problem, grad_output, grad_k, grad_v, items);
+          S::threads, KeysMemory<T, D, tile_of_keys<T, D, extras.value>>(Arena(nullptr)).bytes, problem, grad_output,
+          grad_k, grad_v, items);
     };
     if constexpr (sizeof(T) == 2) {
       if (!has_extras(problem) && !problem.row_scale) {
@@ -464,8 +465,8 @@ void backward_rows(
     const auto with = [&](auto extras) {
       start(
           stream, hstu_attention_backward_rows_kernel<T, D, extras.value>, work.blocks, S::threads,
-          RowsMemory<T, D, tile_of_rows<T, D, extras.value>>(Arena(nullptr), at.any(), at.shared_size()).bytes, problem, grad_output, grad_q, at,
-          work.items);
+          RowsMemory<T, D, tile_of_rows<T, D, extras.value>>(Arena(nullptr), at.any(), at.shared_size()).bytes,
+          problem, grad_output, grad_q, at, work.items);
     };
     if constexpr (sizeof(T) == 2) {
       if (!has_extras(problem) && !problem.row_scale) {

@@ -90,15 +90,14 @@ struct Rows {
 
   template <bool WIDE>
   __device__ void fetch_from(T* to, const T* row, int column, bool wanted) const {
-    constexpr int together = 16 / sizeof(T);
     if constexpr (WIDE) {
       const bool inside = wanted && column < columns;
       __pipeline_memcpy_async(to, inside ? row + column : data, 16, inside ? 0 : 16);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int x = 0; x < together; ++x) {
-      to[x] = wanted && column + x < columns ? row[(column + x) * column_stride] : T{};
+      for (int x = 0; x < 16 / static_cast<int>(sizeof(T)); ++x) {
+        to[x] = wanted && column + x < columns ? row[(column + x) * column_stride] : T{};
+      }
     }
   }
 };
