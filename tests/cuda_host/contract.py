@@ -74,7 +74,34 @@ def _check_lookups(call: SimpleNamespace) -> None:
         _check_values(lookup, call.values, call.offsets, rows, call.drop_invalid)
 
 
-VALUE_CHECKS = {"embedding_bag": _check_bags, "embedding_bag_collection": _check_lookups}
+def _check_sequences(call: SimpleNamespace) -> None:
+    from recsys_ops.hstu_attention import reference
+
+    queries, num_rows, num_keys = call.query_offsets, len(call.q), len(call.k)
+    if hasattr(call, "key_cache"):
+        reference.check_offsets("offsets", queries, num_rows)
+        _check_cache(call)
+        num_keys = int(call.offsets[-1])
+    reference.sequences(queries, call.offsets, num_rows, num_keys, call.num_contextual, call.num_targets)
+
+
+def _check_cache(call: SimpleNamespace) -> None:
+    from recsys_ops.hstu_attention import reference
+
+    is_paged = call.page_table is not None
+    num_rows = call.key_cache.shape[:2].numel() if is_paged else len(call.key_cache)
+    for b, cached in enumerate((call.offsets.diff() - call.query_offsets.diff()).tolist()):
+        if is_paged:
+            reference.check_pages(call.page_table[b], b, cached, call.key_cache.shape[1], num_rows)
+        else:
+            reference.check_start(int(call.cache_starts[b]), b, cached, num_rows)
+
+
+VALUE_CHECKS = {
+    "embedding_bag": _check_bags,
+    "embedding_bag_collection": _check_lookups,
+    "hstu_attention": _check_sequences,
+}
 
 
 def run(library: str, operator: str, checks: list[str], quick: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ inline void __pipeline_commit() { cuda_host::commit_copies(); }
 
 inline void __pipeline_wait_prior(size_t still_on_their_way) {
   // Here, where the sanitizers see the accesses.
-  cuda_host::wait_for_copies(still_on_their_way, [](const cuda_host::Copy& copy) {
+  cuda_host::wait_for_copies(still_on_their_way, [](cuda_host::Copy copy) {
     for (size_t i = 0; i < copy.bytes; ++i) {
       copy.to[i] = i < copy.bytes - copy.zeroed ? copy.from[i] : 0;
     }

@@ -311,7 +311,7 @@ void* dynamic_shared() { return shared.get(); }
 
 void copy_later(const Copy& copy) { current->copies.back().push_back(copy); }
 void commit_copies() { current->copies.emplace_back(); }
-void wait_for_copies(size_t still_on_their_way, void (*perform)(const Copy&)) {
+void wait_for_copies(size_t still_on_their_way, void (*perform)(Copy)) {
   while (current->copies.size() > still_on_their_way + 1) {
     for (const Copy& copy : current->copies.front()) {
       perform(copy);

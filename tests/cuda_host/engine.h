@@ -57,7 +57,8 @@ struct Copy {
 };
 void copy_later(const Copy& copy);
 void commit_copies();
-void wait_for_copies(size_t still_on_their_way, void (*perform)(const Copy&));
+// By value, so that what is watched reads it on the stack of the fiber, not where the next block may be.
+void wait_for_copies(size_t still_on_their_way, void (*perform)(Copy));
 
 // Dynamic shared memory of the block that runs.
 void* dynamic_shared();

@@ -40,4 +40,24 @@ void multiply_add(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2])
   }
 }
 
+// As ldmatrix: each lane reads what it gets of the rows that all lanes name.
+inline void load_matrices(unsigned (&fragments)[4], const void* row, bool transposed) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
+    fail("ldmatrix of a row that is not aligned to 16 bytes");
+  }
+  const Exchange rows = exchange({"ldmatrix", __FILE__, __LINE__}, 0xffffffffu, reinterpret_cast<uintptr_t>(row));
+  if (rows.present != 0xffffffffu) {
+    fail("ldmatrix by a warp that is not whole");
+  }
+  const int g = static_cast<int>(lane()) / 4, t = static_cast<int>(lane()) % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t elements[2];
+    for (int i = 0; i < 2; ++i) {
+      const int from = transposed ? 2 * t + i : g, column = transposed ? g : 2 * t + i;
+      elements[i] = reinterpret_cast<const uint16_t*>(rows.values[matrix * 8 + from])[column];
+    }
+    std::memcpy(&fragments[matrix], elements, sizeof(elements));
+  }
+}
+
 }  // namespace cuda_host

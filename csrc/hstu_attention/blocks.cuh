@@ -1,0 +1,156 @@
+// How kernels are started, and the work of their blocks: 16 rows for each warp, of one head.
+#pragma once
+
+#include "../common/cuda/launch.h"
+#include "../common/cuda/shared.cuh"
+#include "scores.cuh"
+
+namespace recsys_ops::hstu_attention::cuda {
+
+// A block has one head and takes items of it in turns.
+struct Items {
+  int64_t head, first, stride;
+
+  __device__ explicit Items(int64_t num_heads)
+      : head(blockIdx.x % num_heads), first(blockIdx.x / num_heads), stride(gridDim.x / num_heads) {}
+};
+
+// Some rows of one sequence, and a part of the columns of results.
+struct Item {
+  Sequence sequence;
+  int first;   // row or key, at or past the end of the sequence where there is nothing to do
+  int column;  // of results
+
+  // Later rows see more keys, so the blocks of a sequence go from its last to its first.
+  __device__ Item(const Batch& batch, const Integers& offsets, int64_t item, int size, int parts, int columns)
+      : sequence{}, first(0), column(static_cast<int>(item % parts) * columns) {
+    const int64_t block = item / parts, number = sequence_at(offsets, batch.num_sequences, block, size);
+    const int64_t last = first_block(offsets, number + 1, size) - 1;
+    sequence = sequence_of(batch, number);
+    const int64_t start = (last - block) * size;
+    // Where offsets are bad there may be no such rows.
+    first = 0 <= start && start < sequence.keys ? static_cast<int>(start) : sequence.keys;
+  }
+};
+
+// What the rows of a block see between them.
+struct Bounds {
+  int begin, end, group, group_end;  // what any row sees
+  int all_begin, all_end;            // what every row sees
+  int least_place, largest_place, least_shift, largest_shift;
+
+  __device__ void clear() {
+    *this = {INT32_MAX, 0, INT32_MAX, 0, 0, INT32_MAX, INT32_MAX, 0, INT32_MAX, 0};
+  }
+
+  __device__ void include(const Seen& seen) {
+    if (seen.count > 0) {
+      atomicMin(&begin, seen.begin);
+      atomicMax(&end, seen.begin + seen.count);
+    }
+    if (seen.members > 0) {
+      atomicMin(&group, seen.group);
+      atomicMax(&group_end, seen.group + seen.members);
+    }
+    atomicMax(&all_begin, seen.begin);
+    atomicMin(&all_end, seen.begin + seen.count);
+  }
+
+  __device__ void include_place(int place, int shift) {
+    atomicMin(&least_place, place);
+    atomicMax(&largest_place, place);
+    atomicMin(&least_shift, shift);
+    atomicMax(&largest_shift, shift);
+  }
+
+  __device__ TileRanges<2> tiles(int size) const {
+    TileRanges<2> ranges;
+    ranges.set(0, begin, end, size);
+    ranges.set(1, group, group_end, size);
+    return ranges;
+  }
+
+  __device__ bool is_seen_by_all(int first, int size) const { return all_begin <= first && first + size <= all_end; }
+};
+
+// Learns what there is to know of rows [first, first + N) and what they see. Ends with a barrier.
+template <class A, int N>
+__device__ void learn_rows(
+    const Problem& problem, const Sequence& sequence, const RowFacts<A, N>& facts, Bounds* bounds, int first,
+    bool extras) {
+  if (threadIdx.x == 0) {
+    bounds->clear();
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < N; i += blockDim.x) {
+    const int row = first + i;
+    const Seen seen = facts.learn(problem, sequence, i, row, extras);
+    if (row < sequence.rows) {
+      bounds->include(seen);
+      if (extras && problem.bias.position_weight) {
+        bounds->include_place(facts.place[i], facts.shift[i]);
+      }
+    }
+  }
+  __syncthreads();
+}
+
+// Whether a problem needs more than products and a mask of numbers.
+inline bool has_extras(const Problem& problem) {
+  return problem.bias.position_weight || problem.bias.time_weight || problem.dropout.seed ||
+         problem.mask.intervals.data;
+}
+
+// Blocks of all heads that take items in turns, at most so many of each head.
+inline int64_t blocks_of_items(int64_t items, int64_t num_heads, int64_t most) {
+  return std::max<int64_t>(std::min(items, std::min(most, RECSYS_OPS_MOST_BLOCKS / num_heads)), 1) * num_heads;
+}
+
+template <class... Parameters, class... Arguments>
+void start(
+    cudaStream_t stream, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared_bytes,
+    const Arguments&... arguments) {
+  using recsys_ops::cuda::check;
+  if (shared_bytes > 48 * 1024) {
+    check(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+// Calls f with null pointers of the type, and the columns of the rows that hold all of q, k and v.
+template <class F>
+void dispatch_shape(const Problem& problem, const F& f) {
+  const int widest = std::max(problem.q.columns, problem.v.columns);
+  dispatch(problem.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if constexpr (sizeof(T) == 2) {
+      if (widest <= 32) {
+        return f(type, std::integral_constant<int, 32>());
+      }
+    }
+    if (widest <= 64) {
+      return f(type, std::integral_constant<int, 64>());
+    }
+    if constexpr (sizeof(T) < 8) {
+      if (widest <= 128) {
+        return f(type, std::integral_constant<int, 128>());
+      }
+    }
+    return f(type, std::integral_constant<int, 256>());
+  });
+}
+
+__device__ inline void check_values(bool good) {
+  RECSYS_OPS_DEVICE_CHECK(
+      good,
+      "hstu_attention: expected offsets from 0 to the number of rows that never decrease, no more queries than "
+      "keys, num_targets of at most as many, num_contextual of at least 0, and a cache that has all rows");
+}
+
+}  // namespace recsys_ops::hstu_attention::cuda
