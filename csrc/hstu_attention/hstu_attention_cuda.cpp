@@ -169,7 +169,7 @@ Problem problem_of(const Arguments& a, bool cached) {
     const double threshold = std::min(std::nearbyint(a.dropout * words), words - 1);
     problem.dropout = {
         static_cast<const int64_t*>(optional_data("dropout_seed", a.dropout_seed, {1}, ScalarType::Long)),
-        static_cast<uint32_t>(threshold), 1.0f / static_cast<float>(1 - a.dropout)};  // in fp32, as the reference
+        static_cast<uint32_t>(threshold), 1 / (1 - a.dropout)};
   } else {
     problem.dropout = {nullptr, 0, 1};
   }

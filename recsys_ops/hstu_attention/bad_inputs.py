@@ -243,7 +243,7 @@ def _bad_caches(bad: Callable[..., BadInput], integers: Callable[..., Tensor]) -
             key_cache=torch.ones(4, 2, 4).to(torch.int8),
         ),
         bad(
-            "scales of other rows",
+            "scales of other rows than the cache",
             r"value_scales of shape \[4, 2\], got \[3, 2\]",
             **packed,
             quantized="int8",
