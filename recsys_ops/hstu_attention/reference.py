@@ -184,14 +184,7 @@ def hstu_attention_cached_forward(
         key_scales, value_scales = (s if s is None else s.flatten(0, 1) for s in (key_scales, value_scales))
     rows = torch.empty(ends[-1], dtype=torch.int64, device=q.device)  # of the cache, or R + of the new
     is_new = torch.zeros(ends[-1], dtype=torch.bool, device=q.device)
-    for b in range(len(starts) - 1):
-        new = starts[b + 1] - starts[b]
-        cached = ends[b + 1] - ends[b] - new
-        if cached < 0:
-            raise RuntimeError(
-                "hstu_attention_cached: expected cache_lengths of at least 0, "
-                f"got cache_lengths[{b}] = {cached}"
-            )
+    for b, cached in enumerate(cached_lengths(query_offsets, offsets)):
         place = torch.arange(cached, device=q.device)
         if page_table is not None:
             pages = check_pages(page_table[b], b, cached, page_size, len(key_cache))
@@ -228,6 +221,18 @@ def hstu_attention_cached_forward(
         0.0,
     )
     return output[is_new]
+
+
+def cached_lengths(query_offsets: Tensor, offsets: Tensor) -> list[int]:
+    """How many tokens of each sequence are cached; raises RuntimeError where that is negative."""
+    lengths: list[int] = (offsets.diff() - query_offsets.diff()).tolist()
+    for b, cached in enumerate(lengths):
+        if cached < 0:
+            raise RuntimeError(
+                "hstu_attention_cached: expected cache_lengths of at least 0, "
+                f"got cache_lengths[{b}] = {cached}"
+            )
+    return lengths
 
 
 def dequantize(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -90,7 +90,7 @@ def _check_cache(call: SimpleNamespace) -> None:
 
     is_paged = call.page_table is not None
     num_rows = call.key_cache.shape[:2].numel() if is_paged else len(call.key_cache)
-    for b, cached in enumerate((call.offsets.diff() - call.query_offsets.diff()).tolist()):
+    for b, cached in enumerate(reference.cached_lengths(call.query_offsets, call.offsets)):
         if is_paged:
             reference.check_pages(call.page_table[b], b, cached, call.key_cache.shape[1], num_rows)
         else:
