@@ -23,7 +23,7 @@ _CHUNK = 512  # customers scored at once by the history model
 
 @dataclass(frozen=True)
 class Settings:
-    """How large the demo is; the default takes about a minute on two cores."""
+    """How large the demo is; the default takes minutes on two cores."""
 
     steps: int = 300
     history_batch: int = 1024  # purchases per step
@@ -34,6 +34,11 @@ class Settings:
     buckets: int = 1 << 18  # rows of each table of hashed pairs
     history_customers: int = 4500  # whose held-out purchase is ranked
     dlrm_customers: int = 300
+    sequence_epochs: int = 3  # of the sequence recommenders; 0 leaves them out
+    sequence_tokens: int = 4096  # purchases per step, more only where one history has more
+    sequence_dim: int = 64
+    sequence_negatives: int = 512  # drawn for each step; a softmax over all items if there are no more
+    sequence_short: int = 200  # purchases of the longest history that is timed padded
     rounds: int = 20  # in which a swap is timed against what it replaces
     seed: int = 0
 
