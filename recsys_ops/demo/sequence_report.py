@@ -130,8 +130,11 @@ def _task(trial: SequenceTrial) -> str:
             f"softmax over it and {trial.negatives:,} items drawn for each step by how often they were "
             "bought, and corrected for that"
         )
+    drawn = (
+        f", drawn from {trial.customers + trial.customers_left_out:,}," if trial.customers_left_out else ""
+    )
     return (
-        f"Each of the {trial.purchases:,} purchases in the histories of {trial.customers:,} customers "
+        f"Each of the {trial.purchases:,} purchases in the histories of {trial.customers:,} customers{drawn} "
         f"predicts the next, by {loss}. A history is one sequence, in the order of the file within a basket, "
         f"of up to {trial.longest:,} purchases; nothing is cut off. Ranked is as above: the last purchase, "
         "which no model was trained on."
@@ -188,7 +191,8 @@ def _limits(trial: SequenceTrial) -> str:
     purchases = 1 - trial.short_purchases / trial.purchases
     return (
         "Padded eager is the formula of the paper's code, padded to the longest history of the batch; ours "
-        "is recsys_ops.nn.HSTU. Both trained one epoch from the same weights on the same batches, in turns. "
+        "is recsys_ops.nn.HSTU. Both trained one epoch from the same weights on the same batches, in turns; "
+        "losses apart is how far their losses of the first batch were, relative, before and without dropout. "
         f"Longer histories, {customers:.0%} of the customers with {purchases:.0%} of the purchases, were not "
         f"timed padded: {too_large}"
     )

@@ -77,6 +77,7 @@ class SequenceTrial:
     """A finished comparison of sequence recommenders."""
 
     customers: int
+    customers_left_out: int  # so that an epoch is not too long
     purchases: int  # read in an epoch; each predicts the next
     longest: int  # of the histories
     epochs: int
@@ -133,8 +134,7 @@ def run_sequence_trial(
         progress: called as the work goes on.
     """
     counts = np.bincount(data.item[split.train], minlength=len(data.item_names))
-    random = np.random.default_rng(settings.seed)
-    positions = random.permutation(last_trained(data, split))
+    positions = np.random.default_rng(settings.seed).permutation(last_trained(data, split))
     enough = np.cumsum(history_lengths(data, positions)) <= settings.sequence_purchases
     enough[0] = True
     histories = _Histories(data, np.sort(positions[enough]), counts, settings)
@@ -162,6 +162,7 @@ def run_sequence_trial(
             ]
     return SequenceTrial(
         len(lengths),
+        len(positions) - len(lengths),
         int(lengths.sum()),
         int(lengths.max()),
         settings.sequence_epochs,

@@ -1,4 +1,4 @@
-"""The two tasks of the demo: a model, its batches, its loss, and how it ranks the held-out purchases."""
+"""The tasks of the models that are accelerated: model, batches, loss, and how it ranks held-out purchases."""
 
 from __future__ import annotations
 

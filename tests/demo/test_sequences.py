@@ -216,6 +216,7 @@ def test_all_learn_in_the_same_steps(trial: SequenceTrial, retail: Interactions,
         assert 0 < learner.longest_seconds < sum(learner.epoch_seconds)
         assert learner.ranking.customers == min(60, len(split.held_out))
     assert trial.purchases <= TINY.sequence_purchases
+    assert trial.customers + trial.customers_left_out == len(last_trained(retail, split))
     assert trial.agrees and len(trial.padded) == 2
     assert trial.short <= TINY.sequence_short < trial.longest
     assert trial.popularity.customers == trial.learners[0].ranking.customers
