@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import TaskID
 
@@ -24,9 +25,11 @@ from recsys_ops.demo.sequence_trial import NAME as SEQUENCES
 from recsys_ops.demo.sequence_trial import run_sequence_trial
 from recsys_ops.demo.tasks import Progress, Settings, dlrm_task, history_task
 from recsys_ops.demo.trial import run_trial
+from recsys_ops.hstu_attention.api import choose
 
 REPORT = "index.html"
 _MAX_ITEMS = 20_000  # scored one by one for every customer ranked
+_MOST_PURCHASES_EAGER = 10_000  # in whole histories without compiled kernels, which takes minutes
 _STAGES = {
     "accelerate": "accelerating",
     "train": "training both",
@@ -86,7 +89,7 @@ def run_demo(
             task = make(purchases, split, settings)
             with _progress(task.name, console) as progress:
                 trials.append(run_trial(task, progress))
-        if settings.sequence_epochs:
+        if settings.sequence_epochs and _can_train_sequences(purchases, console):
             with _progress(SEQUENCES, console) as progress:
                 sequences = run_sequence_trial(purchases, split, settings, progress)
     except KeyboardInterrupt:
@@ -112,6 +115,16 @@ def _load(data: Path | None, user: str, item: str, time: str, quantity: str | No
     if data is None:
         return load_online_retail()
     return keep_most_frequent(load_csv(data, user, item, time, quantity), _MAX_ITEMS)
+
+
+def _can_train_sequences(data: Interactions, console: Console) -> bool:
+    if choose(torch.empty(0), None) != "reference" or len(data.item) <= _MOST_PURCHASES_EAGER:
+        return True
+    reason = (
+        "left out, as eager PyTorch takes too long for it; recsys-ops doctor tells how to get the kernels"
+    )
+    console.print(f"{SEQUENCES}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return False
 
 
 def _describe(data: Interactions, console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+import recsys_ops
 from recsys_ops.demo import run, run_demo
 from recsys_ops.demo.data import load_online_retail
 from recsys_ops.demo.tasks import Settings, Task
@@ -159,6 +160,16 @@ def test_no_epochs_leave_the_sequences_out(
     assert code == 0
     assert numbers["sequences"] is None and len(numbers["models"]) == 2
     assert "HSTU" not in printed and "HSTU" not in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_eager_attention_is_not_waited_for(
+    finished: Finished, purchases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_trial", lambda task, *_: finished.trials[task.name])
+    with recsys_ops.use_backend("reference"):
+        code, printed, numbers = demo(purchases, tmp_path)
+    assert code == 0 and numbers["sequences"] is None
+    assert "Sequences: left out, as eager PyTorch takes too long" in printed
 
 
 def test_interrupt_leaves_the_finished_model(
