@@ -88,8 +88,8 @@ def next_item_loss(
 ) -> Tensor:
     """The mean cross-entropy of the targets by softmax over all items, or over negatives and the target.
 
-    Sampled scores have the logarithm of their expected count taken away, so that the loss is minimal where
-    that over all items is (Bengio and Senecal, "Adaptive Importance Sampling", 2008).
+    Sampled scores have the logarithm of their expected count taken away, so that many
+    negatives teach what all items do (Bengio and Senecal, "Adaptive Importance Sampling", 2008).
 
     Args:
         states: [L, E].

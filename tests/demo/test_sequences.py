@@ -175,24 +175,30 @@ def test_batches_hold_every_history_once() -> None:
     assert batches == [[6], [5], [4, 3, 2], [1], [0]]
 
 
-def test_sampled_softmax_approaches_that_over_all_items() -> None:
-    torch.manual_seed(0)
+def test_sampled_softmax_learns_what_softmax_over_all_items_does() -> None:
     random = np.random.default_rng(0)
-    states, items, bias = torch.randn(50, 4), torch.randn(40, 4), torch.randn(40)
-    counts = random.integers(0, 9, 40)
-    targets = torch.from_numpy(random.integers(40, size=50))
-    assert draw_negatives(counts, 40, random) is None
-    exact = next_item_loss(states, targets, items, bias, None)
-    drawn = [draw_negatives(counts, 39, random) for _ in range(2000)]
-    partitions = []
-    for negatives in drawn:
-        assert negatives is not None
-        logits = torch.addmm(bias - negatives.log_expected, states, items.T)
-        partitions.append(logits[:, negatives.items].exp().sum(1))
-    unbiased = torch.stack(partitions).mean(0)
-    torch.testing.assert_close(unbiased, torch.addmm(bias, states, items.T).exp().sum(1), rtol=0.1, atol=0)
-    sampled = torch.stack([next_item_loss(states, targets, items, bias, n) for n in drawn]).mean()
-    assert sampled == pytest.approx(exact.item(), abs=0.6)
+    counts, bought = random.integers(0, 50, 100), random.dirichlet(np.full(100, 0.3))
+    targets = torch.from_numpy(random.choice(100, 500, p=bought))
+    shares = torch.bincount(targets, minlength=100) / 500
+    assert draw_negatives(counts, 100, random) is None
+
+    def distance(negatives: int, corrected: bool) -> float:
+        """From the shares of the targets to what a bias alone learns, at most 1."""
+        bias = torch.zeros(100, requires_grad=True)
+        optimizer = torch.optim.Adam([bias], lr=0.1)
+        for step in range(300):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
+            drawn = draw_negatives(counts, negatives, random)
+            if drawn is not None and not corrected:
+                drawn = drawn._replace(log_expected=torch.zeros(100))
+            optimizer.zero_grad()
+            next_item_loss(torch.zeros(500, 1), targets, torch.zeros(100, 1), bias, drawn).backward()
+            optimizer.step()
+        return float((bias.detach().softmax(0) - shares).abs().sum() / 2)
+
+    assert distance(100, corrected=True) < 0.02
+    assert distance(64, corrected=True) < 0.15  # of so few negatives in so few steps
+    assert distance(64, corrected=False) > 0.5
 
 
 def test_models_are_of_one_size() -> None:
