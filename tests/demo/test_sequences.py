@@ -266,14 +266,18 @@ def test_a_verdict_needs_more_than_chance(trial: SequenceTrial) -> None:
     assert "HSTU without bias ranks better than transformer" in with_rates(0.1, 0.4, 0.3)
 
 
-def test_losses_that_differ_are_a_finding(trial: SequenceTrial) -> None:
+def test_results_that_differ_are_a_finding(trial: SequenceTrial) -> None:
     assert not sequence_report.findings(trial)
     epoch = trial.padded[0]
-    wrong = dataclasses.replace(epoch, jagged_loss=epoch.padded_loss * 1.001)
-    changed = dataclasses.replace(trial, padded=[wrong, trial.padded[1]])
-    assert not changed.agrees
-    (finding,) = sequence_report.findings(changed)
-    assert finding.startswith("HSTU with bias: its losses padded")
+    assert 0 < epoch.outputs_apart < 1e-5
+    for wrong in (
+        dataclasses.replace(epoch, jagged_loss=epoch.padded_loss * 1.001),
+        dataclasses.replace(epoch, outputs_apart=1e-3),
+    ):
+        changed = dataclasses.replace(trial, padded=[wrong, trial.padded[1]])
+        assert not changed.agrees
+        (finding,) = sequence_report.findings(changed)
+        assert finding.startswith("HSTU with bias: padded and jagged differ beyond round-off")
 
 
 def test_long_histories_alone_are_not_timed_padded(retail: Interactions, split: Split) -> None:
