@@ -23,6 +23,8 @@ from recsys_ops.demo.sequence_trial import (
 
 HEADING = "Whole histories: HSTU and a softmax transformer"
 
+_ALIKE = "ranks like"
+
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -161,7 +163,11 @@ def _verdict(trial: SequenceTrial) -> str:
     ordered = sorted(found.items(), key=lambda item: -item[1].hit_rate)
     metrics = ", ".join(f"{ranking.hit_rate:.3f} of {name}" for name, ranking in ordered)
     pairs = [(BIASED, UNBIASED), (BIASED, SOFTMAX), (UNBIASED, SOFTMAX)]
-    comparisons = "; ".join(f"{one} {_compared(found[one], found[other])} {other}" for one, other in pairs)
+    compared = {(one, other): _compared(found[one], found[other]) for one, other in pairs}
+    if set(compared.values()) == {_ALIKE}:
+        comparisons = "none of the three ranks better than another beyond chance"
+    else:
+        comparisons = "; ".join(f"{one} {how} {other}" for (one, other), how in compared.items())
     return (
         f"After {_count(trial.epochs, 'epoch')} HR@{K} is {metrics}, and {trial.popularity.hit_rate:.3f} of "
         f"popularity; so many customers tell it to ±{max(map(_margin, found.values())):.3f} (95 %). In this "
@@ -172,7 +178,7 @@ def _verdict(trial: SequenceTrial) -> str:
 def _compared(one: Ranking, other: Ranking) -> str:
     difference = one.hit_rate - other.hit_rate
     if abs(difference) <= math.hypot(_margin(one), _margin(other)):
-        return "ranks like"
+        return _ALIKE
     return "ranks better than" if difference > 0 else "ranks worse than"
 
 

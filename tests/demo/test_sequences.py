@@ -260,6 +260,7 @@ def test_a_verdict_needs_more_than_chance(trial: SequenceTrial) -> None:
         ]
         return sequence_report.notes(dataclasses.replace(trial, learners=learners))[0]
 
+    assert "none of the three ranks better" in with_rates(0.3, 0.31, 0.3)
     verdict = with_rates(0.2, 0.21, 0.3)
     assert "HSTU with bias ranks like HSTU without bias" in verdict
     assert "HSTU with bias ranks worse than transformer" in verdict
