@@ -31,7 +31,7 @@ help: ## list the targets
 		.venv/bin/python -m pip install --quiet --no-deps torchrec==1.8.0
 	touch $@
 
-demo: $(READY) ## train, accelerate and compare two recommenders on real data
+demo: $(READY) ## train, accelerate and compare recommenders on real data
 	$(RUN) demo
 
 test: $(READY) $(READY:ready=peers) ## the fast tests, and in CI a share of the slow ones that changes daily

@@ -304,13 +304,19 @@ def _demo(
     output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the report goes.")] = Path(
         "demo-report"
     ),
+    epochs: Annotated[
+        int,
+        typer.Option(min=0, help="Of the sequence recommenders, which take most of the time; 0 skips them."),
+    ] = 3,
     json_path: JsonPath = None,
 ) -> None:
-    """Train two recommenders on real purchases, before and after the swap; writes a report with plots."""
+    """Train recommenders on real purchases, before and after the swap; writes a report with plots."""
     from recsys_ops.demo import run_demo
+    from recsys_ops.demo.tasks import Settings
 
+    settings = Settings(sequence_epochs=epochs)
     with _output(json_path) as (console, json_file):
-        raise typer.Exit(run_demo(data, user, item, time, quantity, output, json_file, console))
+        raise typer.Exit(run_demo(data, user, item, time, quantity, output, json_file, console, settings))
 
 
 def _fail(problem: str, code: int) -> NoReturn:

@@ -17,6 +17,7 @@ import torch
 from command_line import Run
 
 from recsys_ops import __version__, backends, cli, doctor
+from recsys_ops.demo.tasks import Settings
 
 COMMANDS = ("doctor", "ops", "explain", "verify", "bench", "inspect", "accelerate", "demo")
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,10 @@ def test_a_wrong_variable_is_wrong_usage(
             },
         ),
         (
-            ["demo", "--data", "sales.csv", "--item", "sku", "--quantity", "number", "--output", "folder"],
+            [
+                *("demo", "--data", "sales.csv", "--item", "sku", "--quantity", "number"),
+                *("--output", "folder", "--epochs", "1"),
+            ],
             "recsys_ops.demo.run_demo",
             {
                 "data": Path("sales.csv"),
@@ -157,6 +161,7 @@ def test_a_wrong_variable_is_wrong_usage(
                 "item": "sku",
                 "quantity": "number",
                 "output": Path("folder"),
+                "settings": Settings(sequence_epochs=1),
             },
         ),
         (

@@ -1,4 +1,4 @@
-"""What the two models see of a purchase: the held-out split, and the tensors of a batch.
+"""What the models that are accelerated see of a purchase: the held-out split, and the tensors of a batch.
 
 A purchase is a position in ``Interactions``; its history is what its customer bought
 at earlier positions.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from recsys_ops.demo.trial import Part
 from recsys_ops.html import BLUE, GREEN, GREY, ORANGE, VERMILION, figure_html, new_figure
 
 _COLOURS = {"plain": BLUE, "accelerated": ORANGE, "popularity": GREY, "collection": GREEN}
+_SERIES = (ORANGE, GREEN, BLUE)  # of sequence recommenders
 _LEAST = 1e-9  # where a difference of 0 is drawn on a logarithmic axis
 
 
@@ -35,12 +37,15 @@ def draw_losses(name: str, plain: Sequence[float], accelerated: Sequence[float])
 
 
 def draw_rankings(name: str, rankings: dict[str, Ranking]) -> str:
-    """HR@10 and NDCG@10 as bars, for "popularity", "plain", "accelerated" and "collection"."""
+    """HR@10 and NDCG@10 as bars, for "popularity" and each model."""
+    others = iter(_SERIES)
+    colours = [_COLOURS[name] if name in _COLOURS else next(others) for name in rankings]
+    labels = [textwrap.fill(name, 12) for name in rankings]
     with new_figure(10.5, 3.4) as figure:
         axes = figure.subplots(1, 2)
         for axis, title, metric in zip(axes, (f"HR@{K}", f"NDCG@{K}"), ("hit_rate", "ndcg"), strict=True):
             values = [getattr(found, metric) for found in rankings.values()]
-            bars = axis.bar(list(rankings), values, width=0.6, color=[_COLOURS[name] for name in rankings])
+            bars = axis.bar(labels, values, width=0.6, color=colours)
             axis.bar_label(bars, [f"{value:.4f}" for value in values], padding=3)
             axis.set(title=title, ylabel="average over customers", ylim=(0, 1.18 * max(*values, 1e-4)))
             axis.grid(visible=False, axis="x")
@@ -70,4 +75,42 @@ def draw_times(name: str, parts: Sequence[Part]) -> str:
             figure,
             alt=f"{name}: time of a step, of its optimizer and of each lookup, plain and accelerated",
             caption="The step and its optimizer during training; each lookup alone, forward and backward.",
+        )
+
+
+def draw_smoothed_losses(losses: Mapping[str, Sequence[float]]) -> str:
+    """The loss of each model by step, averaged over the steps around."""
+    with new_figure(10.5, 3.6) as figure:
+        axes = figure.subplots()
+        for (name, values), colour in zip(losses.items(), _SERIES, strict=True):
+            window = max(1, len(values) // 20)
+            smooth = np.convolve(values, np.full(window, 1 / window), mode="valid")
+            axes.plot(np.arange(len(smooth)) + (window + 1) / 2, smooth, color=colour, label=name)
+        axes.set(title="Loss", xlabel="step", ylabel="loss (nats)")
+        axes.legend()
+        return figure_html(
+            figure,
+            alt=f"Loss by step of {', '.join(losses)}",
+            caption=f"Training loss on the same batches and negatives, a mean of {window} steps.",
+        )
+
+
+def draw_padded(title: str, seconds: Mapping[str, tuple[float, float]]) -> str:
+    """The time of an epoch of each model, padded and by our operator, as pairs of bars."""
+    rows = np.arange(len(seconds))[::-1]
+    with new_figure(10.5, 0.55 * len(seconds) + 1.5) as figure:
+        axes = figure.subplots()
+        for i, (kind, colour) in enumerate((("padded eager", BLUE), ("ours", ORANGE))):
+            values = [of_model[i] for of_model in seconds.values()]
+            bars = axes.barh(rows + 0.19 - 0.38 * i, values, height=0.36, color=colour, label=kind)
+            axes.bar_label(bars, [f"{value:.1f}" for value in values], padding=3, fontsize=9)
+        axes.set_yticks(rows, list(seconds))
+        axes.set(title=title, xlabel="time of the epoch (s)")
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="lower right")
+        return figure_html(
+            figure,
+            alt=f"{title}, padded and by our operator, of {', '.join(seconds)}",
+            caption="Forward, backward and optimizer of all steps.",
         )

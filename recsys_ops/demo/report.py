@@ -12,10 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from recsys_ops import html
+from recsys_ops.demo import sequence_report
 from recsys_ops.demo.data import MIN_HISTORY, Interactions
 from recsys_ops.demo.features import Split
 from recsys_ops.demo.metrics import K, Ranking
 from recsys_ops.demo.plots import draw_losses, draw_rankings, draw_times
+from recsys_ops.demo.sequence_trial import SequenceTrial
 from recsys_ops.demo.trial import Trial
 from recsys_ops.timing import Ratio
 
@@ -30,6 +32,7 @@ class Result:
     machine: dict[str, Any]
     versions: dict[str, str | None]
     interrupted: bool = False
+    sequences: SequenceTrial | None = None  # where they were asked for and finished
 
 
 def to_json(result: Result) -> dict[str, Any]:
@@ -52,6 +55,7 @@ def to_json(result: Result) -> dict[str, Any]:
             }
             for trial in result.trials
         ],
+        "sequences": None if result.sequences is None else dataclasses.asdict(result.sequences),
         "machine": result.machine,
         "versions": result.versions,
     }
@@ -66,17 +70,34 @@ def print_summary(result: Result, console: Console) -> None:
     if result.trials:
         console.print()
         console.print(_console_table("What both learnt", *_outcomes(result.trials)), width=width, crop=False)
-    for finding in _findings(result.trials):
+    sequences = result.sequences
+    if sequences is not None:
+        tables = [_console_table(sequence_report.HEADING, *sequence_report.learnt(sequences))]
+        if sequences.padded:
+            title = sequence_report.padded_title(sequences)
+            tables.append(_console_table(title, *sequence_report.padded(sequences)))
+        for table in tables:
+            console.print()
+            console.print(table, width=width, crop=False)
+        for note in sequence_report.notes(sequences):
+            console.print()
+            console.print(Text(note))
+    for finding in _findings(result):
         console.print(Text(finding, "red"))
 
 
 def to_html(result: Result) -> str:
     """The whole report."""
     return html.render_page(
-        "recsys-ops demo: two recommenders before and after",
+        "recsys-ops demo: recommenders before and after, and on whole histories",
         [
             html.Section("Summary", _summary(result)),
             *(html.Section(trial.name, _details(trial)) for trial in result.trials),
+            *(
+                []
+                if result.sequences is None
+                else [html.Section(sequence_report.HEADING, sequence_report.details(result.sequences))]
+            ),
             html.Section("Data and conditions", _conditions(result)),
         ],
     )
@@ -90,7 +111,8 @@ def _summary(result: Result) -> str:
         "keeps the swaps that are faster here. Original and copy then trained from the same state on the "
         "same batches, in turns. So did a third model where one is listed: its tables are a single "
         "recsys_ops.nn.EmbeddingBagCollection, which trains them in its backward.",
-        *_findings(result.trials),
+        *([] if result.sequences is None else [sequence_report.summary(result.sequences)]),
+        *_findings(result),
         *(["The run was interrupted: this is what was finished by then."] if result.interrupted else []),
     ]
     table = html.table_html(headers, rows, numeric=range(2, len(headers)))
@@ -176,12 +198,13 @@ def _times(trial: Trial) -> tuple[list[str], list[list[str]]]:
     return ["part", "lookup", "plain", "accelerated", "faster", "outcome"], rows
 
 
-def _findings(trials: Sequence[Trial]) -> list[str]:
-    return [
+def _findings(result: Result) -> list[str]:
+    found = [
         f"{trial.name}: a swap changed results beyond round-off and was put back."
-        for trial in trials
+        for trial in result.trials
         if not trial.agrees
     ]
+    return found + ([] if result.sequences is None else sequence_report.findings(result.sequences))
 
 
 def _conditions(result: Result) -> str:

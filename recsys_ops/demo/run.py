@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import TaskID
 
@@ -20,12 +21,22 @@ from recsys_ops.demo.data import (
     load_online_retail,
 )
 from recsys_ops.demo.features import leave_last_out
+from recsys_ops.demo.sequence_trial import NAME as SEQUENCES
+from recsys_ops.demo.sequence_trial import run_sequence_trial
 from recsys_ops.demo.tasks import Progress, Settings, dlrm_task, history_task
 from recsys_ops.demo.trial import run_trial
+from recsys_ops.hstu_attention.api import choose
 
 REPORT = "index.html"
 _MAX_ITEMS = 20_000  # scored one by one for every customer ranked
-_STAGES = {"accelerate": "accelerating", "train": "training both", "rank": "ranking held-out purchases"}
+_MOST_PURCHASES_EAGER = 10_000  # in whole histories without compiled kernels, which takes minutes
+_STAGES = {
+    "accelerate": "accelerating",
+    "train": "training both",
+    "train sequences": "training all three",
+    "rank": "ranking held-out purchases",
+    "pad": "timing HSTU padded",
+}
 
 
 def run_demo(
@@ -39,7 +50,7 @@ def run_demo(
     console: Console | None = None,
     settings: Settings | None = None,
 ) -> int:
-    """Train two recommenders before and after ``recsys_ops.accelerate``, and report the difference.
+    """Train two recommenders before and after ``recsys_ops.accelerate``, and three that read whole histories.
 
     Args:
         data: a CSV file of purchases; None for the data set that ships with the package.
@@ -50,7 +61,7 @@ def run_demo(
         settings: how large.
 
     Returns:
-        The exit code: 0, or 1 if a swap changed results beyond round-off, 2 if the data or the
+        The exit code: 0, or 1 if a swap or an operator changed results beyond round-off, 2 if the data or the
         folder cannot be used, 130 after Ctrl-C, when the report holds the models that were finished.
     """
     console = console or Console()
@@ -71,19 +82,22 @@ def run_demo(
 
     split = leave_last_out(purchases)
     _describe(purchases, console)
-    trials = []
+    trials, sequences = [], None
     interrupted = False
     try:
         for make in (history_task, dlrm_task):
             task = make(purchases, split, settings)
             with _progress(task.name, console) as progress:
                 trials.append(run_trial(task, progress))
+        if settings.sequence_epochs and _can_train_sequences(purchases, console):
+            with _progress(SEQUENCES, console) as progress:
+                sequences = run_sequence_trial(purchases, split, settings, progress)
     except KeyboardInterrupt:
         interrupted = True
 
     from recsys_ops.benchmarks.machine import describe_machine, versions
 
-    result = report.Result(purchases, split, trials, describe_machine(), versions(), interrupted)
+    result = report.Result(purchases, split, trials, describe_machine(), versions(), interrupted, sequences)
     report.print_summary(result, console)
     if trials:
         write_atomically(output / REPORT, report.to_html(result))
@@ -93,13 +107,24 @@ def run_demo(
         console.print(f"\nReport: {output / REPORT}", markup=False, highlight=False, soft_wrap=True)
     if interrupted:
         return INTERRUPTED
-    return 0 if all(trial.agrees for trial in trials) else 1
+    agree = [trial.agrees for trial in trials] + ([] if sequences is None else [sequences.agrees])
+    return 0 if all(agree) else 1
 
 
 def _load(data: Path | None, user: str, item: str, time: str, quantity: str | None) -> Interactions:
     if data is None:
         return load_online_retail()
     return keep_most_frequent(load_csv(data, user, item, time, quantity), _MAX_ITEMS)
+
+
+def _can_train_sequences(data: Interactions, console: Console) -> bool:
+    if choose(torch.empty(0), None) != "reference" or len(data.item) <= _MOST_PURCHASES_EAGER:
+        return True
+    reason = (
+        "left out, as eager PyTorch takes too long for it; recsys-ops doctor tells how to get the kernels"
+    )
+    console.print(f"{SEQUENCES}: {reason}", markup=False, highlight=False, soft_wrap=True)
+    return False
 
 
 def _describe(data: Interactions, console: Console) -> None:

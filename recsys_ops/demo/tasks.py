@@ -1,4 +1,4 @@
-"""The two tasks of the demo: a model, its batches, its loss, and how it ranks the held-out purchases."""
+"""The tasks of the models that are accelerated: model, batches, loss, and how it ranks held-out purchases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CHUNK = 512  # customers scored at once by the history model
 
 @dataclass(frozen=True)
 class Settings:
-    """How large the demo is; the default takes about a minute on two cores."""
+    """How large the demo is; the default takes minutes on two cores."""
 
     steps: int = 300
     history_batch: int = 1024  # purchases per step
@@ -34,6 +34,12 @@ class Settings:
     buckets: int = 1 << 18  # rows of each table of hashed pairs
     history_customers: int = 4500  # whose held-out purchase is ranked
     dlrm_customers: int = 300
+    sequence_epochs: int = 3  # of the sequence recommenders; 0 leaves them out
+    sequence_purchases: int = 500_000  # of an epoch; customers are drawn where all have more
+    sequence_tokens: int = 2048  # purchases per step, more only where one history has more
+    sequence_dim: int = 64
+    sequence_negatives: int = 512  # drawn for each step; a softmax over all items if there are no more
+    sequence_short: int = 200  # purchases of the longest history that is timed padded
     rounds: int = 20  # in which a swap is timed against what it replaces
     seed: int = 0
 
@@ -57,7 +63,7 @@ class Task:
 
 def history_task(data: Interactions, split: Split, settings: Settings) -> Task:
     """Which item a customer buys next, by softmax over all items."""
-    held_out = _sample(split.held_out, settings.history_customers, settings.seed)
+    held_out = sample(split.held_out, settings.history_customers, settings.seed)
     batch = min(settings.history_batch, len(split.train))
 
     def batches() -> Iterator[tuple[Inputs, Tensor]]:
@@ -94,7 +100,7 @@ def history_task(data: Interactions, split: Split, settings: Settings) -> Task:
 
 def dlrm_task(data: Interactions, split: Split, settings: Settings) -> Task:
     """Whether a customer buys the item offered, against items drawn at random."""
-    held_out = _sample(split.held_out, settings.dlrm_customers, settings.seed)
+    held_out = sample(split.held_out, settings.dlrm_customers, settings.seed)
     batch = min(settings.dlrm_batch, len(split.train))
     num_items = len(data.item_names)
 
@@ -136,7 +142,7 @@ def dlrm_task(data: Interactions, split: Split, settings: Settings) -> Task:
     )
 
 
-def _sample(positions: np.ndarray, most: int, seed: int) -> np.ndarray:
+def sample(positions: np.ndarray, most: int, seed: int) -> np.ndarray:
     """At most so many of the positions, in order."""
     if len(positions) <= most:
         return positions

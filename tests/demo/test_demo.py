@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 from rich.console import Console
 
+import recsys_ops
 from recsys_ops.demo import run, run_demo
 from recsys_ops.demo.data import load_online_retail
 from recsys_ops.demo.tasks import Settings, Task
@@ -28,6 +29,12 @@ TINY = Settings(
     buckets=1 << 10,
     history_customers=50,
     dlrm_customers=5,
+    sequence_epochs=1,
+    sequence_purchases=2000,
+    sequence_tokens=512,
+    sequence_dim=8,
+    sequence_negatives=64,
+    sequence_short=50,
     rounds=2,
 )
 
@@ -52,7 +59,9 @@ def purchases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def demo(purchases: Path, folder: Path, terminal: bool = False) -> tuple[int, str, dict[str, Any]]:
+def demo(
+    purchases: Path, folder: Path, terminal: bool = False, settings: Settings = TINY
+) -> tuple[int, str, dict[str, Any]]:
     """The exit code, what was printed, and the JSON."""
     console = Console(file=io.StringIO(), width=160, force_terminal=terminal)
     json_path = folder / "demo.json"
@@ -61,7 +70,7 @@ def demo(purchases: Path, folder: Path, terminal: bool = False) -> tuple[int, st
         output=folder / "report",
         json_path=json_path,
         console=console,
-        settings=TINY,
+        settings=settings,
         **COLUMNS,
     )
     numbers = json.loads(json_path.read_text()) if json_path.exists() else {}
@@ -115,7 +124,7 @@ def test_report_is_one_file_with_its_plots(finished: Finished) -> None:
     report = finished.folder / "report"
     assert [path.name for path in report.iterdir()] == ["index.html"]
     page = (report / "index.html").read_text()
-    assert page.count('<img src="data:image/svg+xml;base64,') == 6
+    assert page.count('<img src="data:image/svg+xml;base64,') == 9
     assert not re.search(r"""(src|href)=["']?(?!["']?data:)""", page)
     assert "History pooling" in page and "DLRM" in page
     assert f"Report: {report / 'index.html'}" in finished.printed
@@ -124,6 +133,7 @@ def test_report_is_one_file_with_its_plots(finished: Finished) -> None:
 def test_prints_plain_lines_in_a_pipe(finished: Finished) -> None:
     assert "\x1b" not in finished.printed and "━" not in finished.printed
     assert "DLRM: training both\n" in finished.printed
+    assert "Sequences: training all three\n" in finished.printed
     assert finished.printed.count("collection") == 1
     step = finished.numbers["models"][0]["step"]
     assert f"{1e3 * step['before']:.2f}" in finished.printed
@@ -136,6 +146,30 @@ def test_second_run_gives_the_same_losses(finished: Finished, purchases: Path, t
     for first, second in zip(finished.numbers["models"], numbers["models"], strict=True):
         assert first["before"]["losses"] == second["before"]["losses"]
         assert first["before"]["ranking"] == second["before"]["ranking"]
+    learners = (run["sequences"]["learners"] for run in (finished.numbers, numbers))
+    for one, other in zip(*learners, strict=True):
+        assert one["losses"] == other["losses"]
+
+
+def test_no_epochs_leave_the_sequences_out(
+    finished: Finished, purchases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_trial", lambda task, *_: finished.trials[task.name])
+    settings = dataclasses.replace(TINY, sequence_epochs=0)
+    code, printed, numbers = demo(purchases, tmp_path, settings=settings)
+    assert code == 0
+    assert numbers["sequences"] is None and len(numbers["models"]) == 2
+    assert "HSTU" not in printed and "HSTU" not in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_eager_attention_is_not_waited_for(
+    finished: Finished, purchases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "run_trial", lambda task, *_: finished.trials[task.name])
+    with recsys_ops.use_backend("reference"):
+        code, printed, numbers = demo(purchases, tmp_path)
+    assert code == 0 and numbers["sequences"] is None
+    assert "Sequences: left out, as eager PyTorch takes too long" in printed
 
 
 def test_interrupt_leaves_the_finished_model(
@@ -153,6 +187,7 @@ def test_interrupt_leaves_the_finished_model(
     assert [model["name"] for model in numbers["models"]] == ["History pooling"]
     page = (tmp_path / "report" / "index.html").read_text()
     assert "The run was interrupted" in page and "DLRM" not in page
+    assert numbers["sequences"] is None
     assert "History pooling" in printed
 
 
