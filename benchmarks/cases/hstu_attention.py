@@ -177,7 +177,10 @@ def _check(case: Case, inputs: Inputs) -> Check:
             if i > 3 and heads < case.heads:
                 break
             tensor = tensor if i > 3 else tensor[:, :heads]
-            comparison = compare(tensor.detach(), *(t.detach() for t in wanted))
+            same, exact, magnitude = (t.detach() for t in wanted)
+            if case.softmax:  # whose gradients cancel: the sum of a row's terms is no bound for its error
+                magnitude = magnitude + magnitude.max()
+            comparison = compare(tensor.detach(), same, exact, magnitude)
             if not comparison:
                 return f"{name}: {comparison.detail}"
         return None
@@ -207,11 +210,8 @@ def softmax_attention(
     q: Tensor, k: Tensor, v: Tensor, batch: Batch, case: Case, tables: Tables | None
 ) -> Tensor:
     """What SDPA computes, by its formula."""
-    outputs = []
-    for rows in q.split(case.lengths), k.split(case.lengths), v.split(case.lengths):
-        outputs.append(rows)
     results = []
-    for of_q, of_k, of_v in zip(*outputs, strict=True):
+    for of_q, of_k, of_v in zip(*(t.split(case.lengths) for t in (q, k, v)), strict=True):
         scores = torch.einsum("mhd,nhd->hmn", of_q, of_k) / math.sqrt(case.dim)
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         weights = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)

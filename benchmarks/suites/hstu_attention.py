@@ -30,6 +30,7 @@ from recsys_ops.benchmarks.registry import (
 )
 from recsys_ops.hstu_attention.api import OPERATOR
 
+_LONGEST_OF_PEERS = 4096  # tokens of a sequence
 _LONGEST = 7983  # events of the busiest customer of the data set, returns included
 
 
@@ -80,12 +81,13 @@ def _compiler_missing() -> str | None:
 
 
 def _is_plain(workload: Workload) -> bool:
-    return not workload.case.biased
+    """Whether the peers compute it, in time that one would wait for."""
+    return not workload.case.biased and workload.case.longest <= _LONGEST_OF_PEERS
 
 
 def _workloads(device: str) -> list[Workload]:
     tokens = 8192 if device == "cpu" else 2**18
-    data = lengths_of_data_set(64 if device == "cpu" else 4096, longest=1024)
+    data = lengths_of_data_set(32 if device == "cpu" else 4096, longest=1024)
     skewed = (_LONGEST, *lengths_of_data_set(100, longest=200, seed=1))
     half = torch.bfloat16
 
@@ -119,9 +121,7 @@ def _workloads(device: str) -> list[Workload]:
 
 _CPU_TARGETS = [
     *(Target(f"forward/uniform/{length}", LIMIT, 0.6) for length in (256, 512, 1024, 2048)),
-    Target("forward/uniform/*", "padded eager", 15.0),
     Target("forward/jagged/data", "padded eager", 15.0),
-    Target("step/uniform/*", "padded eager", 10.0),
     Target("step/jagged/data", "padded eager", 10.0),
     Target("*/biased/*", "recsys_ops plain", 1 / 1.3),
 ]
