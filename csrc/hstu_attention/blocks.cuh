@@ -39,28 +39,36 @@ struct Bounds {
   int all_begin, all_end;            // what every row sees
   int least_place, largest_place, least_shift, largest_shift;
 
-  __device__ void clear() {
-    *this = {INT32_MAX, 0, INT32_MAX, 0, 0, INT32_MAX, INT32_MAX, 0, INT32_MAX, 0};
+  __device__ static Bounds none() {
+    return {INT32_MAX, 0, INT32_MAX, 0, 0, INT32_MAX, INT32_MAX, 0, INT32_MAX, 0};
   }
 
   __device__ void include(const Seen& seen) {
     if (seen.count > 0) {
-      atomicMin(&begin, seen.begin);
-      atomicMax(&end, seen.begin + seen.count);
+      begin = min(begin, seen.begin);
+      end = max(end, seen.begin + seen.count);
     }
     if (seen.members > 0) {
-      atomicMin(&group, seen.group);
-      atomicMax(&group_end, seen.group + seen.members);
+      group = min(group, seen.group);
+      group_end = max(group_end, seen.group + seen.members);
     }
-    atomicMax(&all_begin, seen.begin);
-    atomicMin(&all_end, seen.begin + seen.count);
+    all_begin = max(all_begin, seen.begin);
+    all_end = min(all_end, seen.begin + seen.count);
   }
 
   __device__ void include_place(int place, int shift) {
-    atomicMin(&least_place, place);
-    atomicMax(&largest_place, place);
-    atomicMin(&least_shift, shift);
-    atomicMax(&largest_shift, shift);
+    least_place = min(least_place, place);
+    largest_place = max(largest_place, place);
+    least_shift = min(least_shift, shift);
+    largest_shift = max(largest_shift, shift);
+  }
+
+  // Those of a warp's lanes together.
+  __device__ Bounds of_warp() const {
+    const auto least = [](int value) { return __reduce_min_sync(~0u, value); };
+    const auto largest = [](int value) { return __reduce_max_sync(~0u, value); };
+    return {least(begin),     largest(end),       least(group),         largest(group_end), largest(all_begin),
+            least(all_end),   least(least_place), largest(largest_place), least(least_shift), largest(largest_shift)};
   }
 
   __device__ TileRanges<2> tiles(int size) const {
@@ -73,26 +81,23 @@ struct Bounds {
   __device__ bool is_seen_by_all(int first, int size) const { return all_begin <= first && first + size <= all_end; }
 };
 
-// Learns what there is to know of rows [first, first + N) and what they see. Ends with a barrier.
+// Learns what there is to know of rows [first, first + N), for all threads, and returns what they see.
 template <class A, int N>
-__device__ void learn_rows(
-    const Problem& problem, const Sequence& sequence, const RowFacts<A, N>& facts, Bounds* bounds, int first,
-    bool extras) {
-  if (threadIdx.x == 0) {
-    bounds->clear();
-  }
+__device__ Bounds learn_rows(
+    const Problem& problem, const Sequence& sequence, const RowFacts<A, N>& facts, int first, bool extras) {
   __syncthreads();
   for (int i = threadIdx.x; i < N; i += blockDim.x) {
-    const int row = first + i;
-    const Seen seen = facts.learn(problem, sequence, i, row, extras);
-    if (row < sequence.rows) {
-      bounds->include(seen);
-      if (extras && problem.bias.position_weight) {
-        bounds->include_place(facts.place[i], facts.shift[i]);
-      }
-    }
+    facts.learn(problem, sequence, i, first + i, extras);
   }
   __syncthreads();
+  Bounds own = Bounds::none();
+  for (int i = threadIdx.x % 32; i < N && first + i < sequence.rows; i += 32) {
+    own.include(facts.seen[i]);
+    if (extras && problem.bias.position_weight) {
+      own.include_place(facts.place[i], facts.shift[i]);
+    }
+  }
+  return own.of_warp();
 }
 
 // Whether a problem needs more than products and a mask of numbers.

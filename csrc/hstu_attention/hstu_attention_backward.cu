@@ -156,7 +156,6 @@ struct RowsMemory {
   T *k, *v;     // two tiles each: one that is used and one that is on its way
   RowFacts<A, S::block> rows;
   KeyFacts<N> keys;
-  Bounds* bounds;
   T* scratch;
   A* grads;       // of scores, [block, tile + 1], for the tables only
   A* histograms;  // of times
@@ -169,7 +168,6 @@ struct RowsMemory {
         v(arena.take<T>(2 * tile_size)),
         rows(arena),
         keys(arena),
-        bounds(arena.take<Bounds>(1)),
         scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         grads(arena.take<A>(tables ? S::block * (N + 1) : 0)),
         histograms(arena.take<A>(histogram_size)),
@@ -185,9 +183,8 @@ __device__ void differentiate_rows(
   constexpr int C = S::columns;
   const Sequence& sequence = item.sequence;
   const Lane lane;
-  learn_rows<A, S::block>(problem, sequence, memory.rows, memory.bounds, item.first, EXTRAS);
-  const TileRanges<2> tiles = memory.bounds->tiles(N);
-  const int all_begin = memory.bounds->all_begin, all_end = memory.bounds->all_end;
+  const Bounds bounds = learn_rows<A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
+  const TileRanges<2> tiles = bounds.tiles(N);
   const Rows<T> k(problem.k, sequence.first_key, head), v(problem.v, sequence.first_key, head);
 
   const auto fetch = [&](int tile, int stage) {
@@ -224,12 +221,11 @@ __device__ void differentiate_rows(
       const Scores<T, N, false, EXTRAS> scores = {
           problem,          sequence,          head,             item.first, tile * N,
           memory.rows.seen, memory.rows.place, memory.rows.time, facts.place, facts.time};
-      const bool all =
-          !(EXTRAS && problem.mask.intervals.data) && all_begin <= tile * N && tile * N + N <= all_end;
+      const bool all = !(EXTRAS && problem.mask.intervals.data) && bounds.is_seen_by_all(tile * N, N);
       differentiate<T, N, EXTRAS>(weights, grads, scores, memory.rows, lane, all, A{1});
       if constexpr (EXTRAS) {
         if (item.column == 0) {
-          tables.template add<T, D, N>(grads, scores, memory.rows, *memory.bounds, lane, memory.grads);
+          tables.template add<T, D, N>(grads, scores, memory.rows, bounds, lane, memory.grads);
         }
       }
       add_product<T, D, N, C>(sums, grads, rows_of_k, item.column, memory.scratch);

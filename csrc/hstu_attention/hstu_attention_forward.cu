@@ -14,7 +14,6 @@ struct ForwardMemory {
   T* v;  // likewise
   RowFacts<Accumulate<T>, S::block> rows;
   KeyFacts<N> keys;
-  Bounds* bounds;
   T* scratch;
   int64_t bytes;
 
@@ -24,7 +23,6 @@ struct ForwardMemory {
         v(arena.take<T>(2 * tile_size)),
         rows(arena),
         keys(arena),
-        bounds(arena.take<Bounds>(1)),
         scratch(arena.take<T>(S::warps * scratch_of_warp<T, N>)),
         bytes(arena.bytes()) {}
 };
@@ -59,8 +57,7 @@ __device__ void attend(
   using A = Accumulate<T>;
   const Sequence& sequence = item.sequence;
   const Lane lane;
-  learn_rows<A, S::block>(problem, sequence, memory.rows, memory.bounds, item.first, EXTRAS);
-  const Bounds bounds = *memory.bounds;
+  const Bounds bounds = learn_rows<A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
   const TileRanges<2> tiles = bounds.tiles(N);
 
   const auto fetch = [&](int tile, int stage) {

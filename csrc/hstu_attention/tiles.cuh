@@ -335,19 +335,21 @@ __device__ void stage_sums(T* to, const Sums<T, C>& sums, const Accumulate<T> (&
 // Hands out the shared memory of a block; from null it only counts.
 class Arena {
  public:
-  RECSYS_OPS_INLINE explicit Arena(void* memory) : begin(reinterpret_cast<uintptr_t>(memory)), at(begin) {}
+  RECSYS_OPS_INLINE explicit Arena(unsigned char* memory) : memory(memory) {}
 
   template <class U>
   RECSYS_OPS_INLINE U* take(int64_t count) {
-    U* taken = reinterpret_cast<U*>(at);
-    at += (count * sizeof(U) + 15) / 16 * 16;
-    return taken;
+    // Never by way of an integer, which would hide from the compiler that this is shared memory.
+    U* piece = reinterpret_cast<U*>(memory + taken);
+    taken += (count * sizeof(U) + 15) / 16 * 16;
+    return piece;
   }
 
-  RECSYS_OPS_INLINE int64_t bytes() const { return at - begin; }
+  RECSYS_OPS_INLINE int64_t bytes() const { return taken; }
 
  private:
-  uintptr_t begin, at;
+  unsigned char* memory;
+  int64_t taken = 0;
 };
 
 }  // namespace recsys_ops::hstu_attention::cuda

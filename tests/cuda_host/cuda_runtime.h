@@ -165,11 +165,13 @@ T reduce(const Site& site, unsigned mask, T value, const F& combine) {
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value, CUDA_HOST_CALLER) {
   return cuda_host::reduce(CUDA_HOST_SITE("__reduce_add_sync"), mask, value, [](auto a, auto b) { return a + b; });
 }
-inline unsigned __reduce_max_sync(unsigned mask, unsigned value, CUDA_HOST_CALLER) {
+template <class T>
+T __reduce_max_sync(unsigned mask, T value, CUDA_HOST_CALLER) {
   return cuda_host::reduce(
       CUDA_HOST_SITE("__reduce_max_sync"), mask, value, [](auto a, auto b) { return std::max(a, b); });
 }
-inline unsigned __reduce_min_sync(unsigned mask, unsigned value, CUDA_HOST_CALLER) {
+template <class T>
+T __reduce_min_sync(unsigned mask, T value, CUDA_HOST_CALLER) {
   return cuda_host::reduce(
       CUDA_HOST_SITE("__reduce_min_sync"), mask, value, [](auto a, auto b) { return std::min(a, b); });
 }
