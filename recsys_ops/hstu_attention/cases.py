@@ -204,7 +204,7 @@ class HSTUAttentionCase(Case):
         return list(self.lengths) if self.queries == "" else self._of_each(int(self.queries))
 
     def _draw_intervals(self, draw: Inputs, rows: list[int]) -> Tensor:
-        longest = torch.repeat_interleave(torch.tensor(self.lengths), torch.tensor(rows))
+        longest = torch.tensor([n for n, m in zip(self.lengths, rows, strict=True) for _ in range(m)])
         ends = (
             torch.rand(sum(rows), self.intervals, 2, generator=draw.generator) * (longest[:, None, None] + 4)
             - 2
