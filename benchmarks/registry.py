@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from recsys_ops.backends import Call, Operator
 from recsys_ops.embedding_bag.cost import Cost
 
@@ -99,6 +101,11 @@ class Suite:
     candidates: Sequence[Candidate]
     targets: Sequence[Target] = ()
     backend: Callable[[], str] = lambda: ""  # the backend that serves ours
+
+
+def compiler_missing() -> str | None:
+    """Why ``torch.compile`` is no candidate here, or None."""
+    return None if torch._dynamo.is_dynamo_supported() else "torch.compile does not support this platform"
 
 
 def other_gpu_backends(operator: Operator, call: Call, prepare: Callable[..., Run]) -> list[Candidate]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from recsys_ops._arguments import check_integer_dtype, refuse_shape
 from recsys_ops._library import LIBRARY, names_of
 
-_INTEGERS = (torch.int64, torch.int32)
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -40,7 +40,7 @@ def jagged_concat(a: Tensor, a_offsets: Tensor, b: Tensor, b_offsets: Tensor) ->
     op = "jagged_concat"
     _check_rows(op, "a", a)
     if b.shape[1:] != a.shape[1:] or b.dim() != a.dim():
-        raise _refusal(op, "b", f"[Lb, {', '.join(map(str, a.shape[1:]))}]", b)
+        raise refuse_shape(op, "b", f"[Lb, {', '.join(map(str, a.shape[1:]))}]", b)
     if b.dtype != a.dtype:
         raise TypeError(
             f"{op}: expected b of the dtype of a, {names_of([a.dtype])}, got {names_of([b.dtype])}"
@@ -118,7 +118,7 @@ def jagged_last_rows(
     op = "jagged_last_rows"
     _check_offsets(op, "offsets", offsets, offsets, None)
     if isinstance(lengths, Tensor) and lengths.shape != (len(offsets) - 1,):
-        raise _refusal(op, "lengths", f"[{len(offsets) - 1}]", lengths)
+        raise refuse_shape(op, "lengths", f"[{len(offsets) - 1}]", lengths)
     last = _offsets_of(op, "lengths", lengths, offsets)
     total = _total(last, lengths, total)
     _check_parts(op, "lengths", last, offsets)
@@ -150,13 +150,13 @@ def jagged_dense_bmm(x: Tensor, offsets: Tensor, dense: Tensor, bias: Tensor | N
     """
     op = "jagged_dense_bmm"
     if x.dim() != 2:
-        raise _refusal(op, "x", "[L, K]", x)
+        raise refuse_shape(op, "x", "[L, K]", x)
     _check_offsets(op, "offsets", offsets, x, len(x))
     batch = len(offsets) - 1
     if dense.dim() != 3 or dense.shape[:2] != (batch, x.shape[1]):
-        raise _refusal(op, "dense", f"[{batch}, {x.shape[1]}, N]", dense)
+        raise refuse_shape(op, "dense", f"[{batch}, {x.shape[1]}, N]", dense)
     if bias is not None and bias.shape != (batch, dense.shape[2]):
-        raise _refusal(op, "bias", f"[{batch}, {dense.shape[2]}]", bias)
+        raise refuse_shape(op, "bias", f"[{batch}, {dense.shape[2]}]", bias)
     for name, tensor in (("dense", dense), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             got = names_of([tensor.dtype])
@@ -302,12 +302,12 @@ def _offsets_of(op: str, argument: str, given: Tensor | int, offsets: Tensor) ->
         if given < 0:
             raise ValueError(f"{op}: expected {argument} of at least 0, got {given}")
         return torch.arange(batch + 1, device=offsets.device, dtype=offsets.dtype) * given
-    _check_integers(op, argument, given)
+    check_integer_dtype(op, argument, given)
     _check_device(op, argument, given, offsets)
     if given.shape == (batch + 1,):
         return given.to(offsets.dtype)
     if given.shape != (batch,):
-        raise _refusal(op, argument, f"[{batch}] or [{batch + 1}]", given)
+        raise refuse_shape(op, argument, f"[{batch}] or [{batch + 1}]", given)
     return pad(given.cumsum(0, dtype=offsets.dtype), (1, 0))
 
 
@@ -319,7 +319,7 @@ def _total(offsets: Tensor, given: Tensor | int, total: int | None) -> int:
 
 def _check_rows(op: str, argument: str, values: Tensor) -> None:
     if values.dim() == 0:
-        raise _refusal(op, argument, "[L, ...]", values)
+        raise refuse_shape(op, argument, "[L, ...]", values)
 
 
 def _check_offsets(
@@ -327,8 +327,8 @@ def _check_offsets(
 ) -> None:
     """Refuse what cannot be offsets; values are looked at on the CPU, where that costs nothing."""
     if offsets.dim() != 1 or len(offsets) == 0 or batch not in (None, len(offsets) - 1):
-        raise _refusal(op, argument, "[B + 1]" if batch is None else f"[{batch + 1}]", offsets)
-    _check_integers(op, argument, offsets)
+        raise refuse_shape(op, argument, "[B + 1]" if batch is None else f"[{batch + 1}]", offsets)
+    check_integer_dtype(op, argument, offsets)
     _check_device(op, argument, offsets, like)
     if _is_readable(offsets):
         first, last = int(offsets[0]), int(offsets[-1])
@@ -360,17 +360,6 @@ def _is_readable(tensor: Tensor) -> bool:
     )
 
 
-def _check_integers(op: str, argument: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _INTEGERS:
-        raise TypeError(
-            f"{op}: expected {argument} of dtype {names_of(_INTEGERS)}, got {names_of([tensor.dtype])}"
-        )
-
-
 def _check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{op}: expected {argument} on {like.device}, got {tensor.device}")
-
-
-def _refusal(op: str, argument: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(f"{op}: expected {argument} of shape {expected}, got {list(tensor.shape)}")

@@ -25,6 +25,7 @@ from recsys_ops.benchmarks.registry import (
     Target,
     Unsupported,
     Workload,
+    compiler_missing,
     other_gpu_backends,
 )
 from recsys_ops.embedding_bag.api import OPERATOR, embedding_bag
@@ -45,10 +46,6 @@ def _prepare_torch(workload: Workload, inputs: Inputs, coalesce: bool = False, c
         torch.compiler.reset()
         function = torch.compile(F.embedding_bag, dynamic=True)
     return runner(function, case, inputs.state, coalesce)
-
-
-def _compiler_missing() -> str | None:
-    return None if torch._dynamo.is_dynamo_supported() else "torch.compile does not support this platform"
 
 
 def _prepare_fbgemm(workload: Workload, inputs: Inputs) -> Run:
@@ -246,7 +243,7 @@ def suite(device: str) -> Suite:
         Candidate(
             "torch.compile",
             functools.partial(_prepare_torch, compiled=True),
-            available=_compiler_missing,
+            available=compiler_missing,
             # Compiling takes longer than all else, and ends in the same kernels.
             applies=lambda workload: on_cpu or workload.quick,
         ),

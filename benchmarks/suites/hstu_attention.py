@@ -26,6 +26,7 @@ from recsys_ops.benchmarks.registry import (
     Suite,
     Target,
     Workload,
+    compiler_missing,
     other_gpu_backends,
 )
 from recsys_ops.hstu_attention.api import OPERATOR
@@ -74,10 +75,6 @@ def _without_bias(plain: Workload, inputs: Inputs) -> Inputs:
 
 def _as_softmax(workload: Workload) -> Workload:
     return make_workload(workload.name, replace(workload.case, softmax=True))
-
-
-def _compiler_missing() -> str | None:
-    return None if torch._dynamo.is_dynamo_supported() else "torch.compile does not support this platform"
 
 
 def _is_plain(workload: Workload) -> bool:
@@ -141,7 +138,7 @@ def suite(device: str) -> Suite:
         Candidate(
             "torch.compile of it",
             functools.partial(_prepare_padded, compiled=True),
-            available=_compiler_missing,
+            available=compiler_missing,
             applies=lambda workload: _is_plain(workload) and workload.quick,
         ),
         Candidate("loop of sequences", _prepare_each, applies=_is_plain),

@@ -1,8 +1,11 @@
 // Checks on tensors that arrive through torch.ops, and their kernels' view of them.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
+
+#include <optional>
 
 #include "dtype.h"
 
@@ -46,6 +49,28 @@ inline void check_like(
   }
   STD_TORCH_CHECK(same, op, ": expected ", argument, " contiguous and of the shape that the other arguments imply");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": expected ", argument, " of the dtype of its peers");
+}
+
+// The memory of such a tensor, or null where there is none.
+inline const void* optional_data(
+    const char* op, const char* argument, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape,
+    ScalarType dtype) {
+  if (!tensor) {
+    return nullptr;
+  }
+  check_like(op, argument, *tensor, shape, dtype);
+  return tensor->const_data_ptr();
+}
+
+// The type in which sums are formed.
+inline ScalarType sum_type(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Uninitialised, on the device of another tensor and, unless it is said, of its dtype.
+inline Tensor new_empty(
+    const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
 }
 
 }  // namespace recsys_ops

@@ -12,11 +12,6 @@ namespace recsys_ops::embedding_bag {
 
 inline constexpr const char* op = "embedding_bag";
 
-inline Tensor empty_like(
-    const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
 inline Bags bags_of(
     const Tensor& indices, const Tensor& offsets, int64_t num_embeddings, int64_t padding_idx, bool include_last_offset,
     bool drop_invalid) {
@@ -39,15 +34,6 @@ inline Table table_of(const Tensor& weight) {
       weight.stride(1)};
 }
 
-inline const void* optional_data(
-    const char* argument, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  if (!tensor) {
-    return nullptr;
-  }
-  check_like(op, argument, *tensor, shape, dtype);
-  return tensor->const_data_ptr();
-}
-
 inline Gradient gradient_of(
     const Tensor& grad_output, const std::optional<Tensor>& per_sample_weights, const std::optional<Tensor>& argmax,
     bool mean, bool scale_grad_by_freq, const Bags& bags) {
@@ -58,8 +44,8 @@ inline Gradient gradient_of(
       dtype_of(op, "grad_output", grad_output),
       grad_output.const_data_ptr(),
       dim,
-      optional_data("per_sample_weights", per_sample_weights, {bags.indices.size}, grad_output.scalar_type()),
-      static_cast<const int32_t*>(optional_data("argmax", argmax, {bags.count, dim}, ScalarType::Int)),
+      optional_data(op, "per_sample_weights", per_sample_weights, {bags.indices.size}, grad_output.scalar_type()),
+      static_cast<const int32_t*>(optional_data(op, "argmax", argmax, {bags.count, dim}, ScalarType::Int)),
       mean,
       scale_grad_by_freq};
 }

@@ -23,8 +23,8 @@ Tensor embedding_bag_forward(
   const Table table = table_of(weight);
   const Bags bags = bags_of(indices, offsets, table.rows, padding_idx, include_last_offset, drop_invalid);
   const void* factors =
-      optional_data("per_sample_weights", per_sample_weights, {bags.indices.size}, weight.scalar_type());
-  Tensor output = empty_like(weight, {bags.count, table.dim});
+      optional_data(op, "per_sample_weights", per_sample_weights, {bags.indices.size}, weight.scalar_type());
+  Tensor output = new_empty(weight, {bags.count, table.dim});
   forward(table, bags, factors, mean, output.mutable_data_ptr(), device.stream);
   return output;
 }
@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> embedding_bag_max_forward(
   STD_TORCH_CHECK(
       bags.indices.size <= std::numeric_limits<int32_t>::max(), op,
       ": expected fewer than 2^31 indices with mode='max', got ", bags.indices.size);
-  Tensor output = empty_like(weight, {bags.count, table.dim});
-  Tensor argmax = empty_like(weight, {bags.count, table.dim}, ScalarType::Int);
+  Tensor output = new_empty(weight, {bags.count, table.dim});
+  Tensor argmax = new_empty(weight, {bags.count, table.dim}, ScalarType::Int);
   max_forward(
       table, bags, output.mutable_data_ptr(), static_cast<int32_t*>(argmax.mutable_data_ptr()), device.stream);
   return {output, argmax};
@@ -73,7 +73,7 @@ class WeightGradient {
   }
 
   Tensor dense() {
-    Tensor grad = empty_like(like, {num_embeddings, gradient.dim});
+    Tensor grad = new_empty(like, {num_embeddings, gradient.dim});
     zero(gradient, num_embeddings, grad.mutable_data_ptr(), stream);
     sum(num_embeddings, grad);
     return grad;
@@ -84,8 +84,8 @@ class WeightGradient {
     Memory memory(like, count_bytes(size));
     count_runs(entries, size, num_embeddings, counts.as<int64_t>(), memory.as<void>(), memory.bytes, stream);
     const int64_t touched = total_of(counts.as<int64_t>(), size, stream);
-    Tensor rows = empty_like(like, {touched}, ScalarType::Long);
-    Tensor values = empty_like(like, {touched, gradient.dim});
+    Tensor rows = new_empty(like, {touched}, ScalarType::Long);
+    Tensor values = new_empty(like, {touched, gradient.dim});
     uint64_t* sorted = keys.as<uint64_t>();
     uint64_t* numbered = entries.keys == sorted ? sorted + size : sorted;
     number_runs(
@@ -142,7 +142,7 @@ Tensor embedding_bag_backward_per_sample_weights(
   const Table table = table_of(weight);
   const Bags bags = bags_of(indices, offsets, table.rows, padding_idx, include_last_offset, drop_invalid);
   check_like(op, "grad_output", grad_output, {bags.count, table.dim}, weight.scalar_type());
-  Tensor grad = empty_like(weight, {bags.indices.size});
+  Tensor grad = new_empty(weight, {bags.indices.size});
   backward_per_sample_weights(
       table, bags, grad_output.const_data_ptr(), mean, grad.mutable_data_ptr(), device.stream);
   return grad;

@@ -15,8 +15,8 @@ Tensor embedding_bag_forward(
   const Table table = table_of(weight);
   const Bags bags = bags_of(indices, offsets, table.rows, padding_idx, include_last_offset, drop_invalid);
   const void* factors =
-      optional_data("per_sample_weights", per_sample_weights, {bags.indices.size}, weight.scalar_type());
-  Tensor output = empty_like(weight, {bags.count, table.dim});
+      optional_data(op, "per_sample_weights", per_sample_weights, {bags.indices.size}, weight.scalar_type());
+  Tensor output = new_empty(weight, {bags.count, table.dim});
   forward(mean ? Mode::mean : Mode::sum, table, bags, factors, output.mutable_data_ptr(), nullptr);
   return output;
 }
@@ -25,8 +25,8 @@ std::tuple<Tensor, Tensor> embedding_bag_max_forward(
     Tensor weight, Tensor indices, Tensor offsets, int64_t padding_idx, bool include_last_offset, bool drop_invalid) {
   const Table table = table_of(weight);
   const Bags bags = bags_of(indices, offsets, table.rows, padding_idx, include_last_offset, drop_invalid);
-  Tensor output = empty_like(weight, {bags.count, table.dim});
-  Tensor argmax = empty_like(weight, {bags.count, table.dim}, ScalarType::Int);
+  Tensor output = new_empty(weight, {bags.count, table.dim});
+  Tensor argmax = new_empty(weight, {bags.count, table.dim}, ScalarType::Int);
   forward(
       Mode::max, table, bags, nullptr, output.mutable_data_ptr(), static_cast<int32_t*>(argmax.mutable_data_ptr()));
   return {output, argmax};
@@ -39,7 +39,7 @@ Tensor embedding_bag_backward(
   const Bags bags = bags_of(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid);
   const WeightGradient gradient(
       gradient_of(grad_output, per_sample_weights, argmax, mean, scale_grad_by_freq, bags), bags);
-  Tensor grad = empty_like(grad_output, {num_embeddings, grad_output.size(1)});
+  Tensor grad = new_empty(grad_output, {num_embeddings, grad_output.size(1)});
   gradient.write_dense(grad.mutable_data_ptr());
   return grad;
 }
@@ -51,8 +51,8 @@ std::tuple<Tensor, Tensor> embedding_bag_backward_sparse(
   const Bags bags = bags_of(indices, offsets, num_embeddings, padding_idx, include_last_offset, drop_invalid);
   const WeightGradient gradient(
       gradient_of(grad_output, per_sample_weights, std::nullopt, mean, scale_grad_by_freq, bags), bags);
-  Tensor rows = empty_like(grad_output, {gradient.touched()}, ScalarType::Long);
-  Tensor values = empty_like(grad_output, {gradient.touched(), grad_output.size(1)});
+  Tensor rows = new_empty(grad_output, {gradient.touched()}, ScalarType::Long);
+  Tensor values = new_empty(grad_output, {gradient.touched(), grad_output.size(1)});
   gradient.write_sparse(static_cast<int64_t*>(rows.mutable_data_ptr()), values.mutable_data_ptr());
   return {rows, values};
 }
@@ -63,7 +63,7 @@ Tensor embedding_bag_backward_per_sample_weights(
   const Table table = table_of(weight);
   const Bags bags = bags_of(indices, offsets, table.rows, padding_idx, include_last_offset, drop_invalid);
   check_like(op, "grad_output", grad_output, {bags.count, table.dim}, weight.scalar_type());
-  Tensor grad = empty_like(weight, {bags.indices.size});
+  Tensor grad = new_empty(weight, {bags.indices.size});
   backward_per_sample_weights(table, bags, grad_output.const_data_ptr(), mean, grad.mutable_data_ptr());
   return grad;
 }

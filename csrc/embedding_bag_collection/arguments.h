@@ -20,10 +20,6 @@ inline constexpr const char* op = "embedding_bag_collection";
 using Tensors = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
 inline bool is_double(DType dtype) { return dtype == DType::float64; }
 
 // The type in which sums are formed.

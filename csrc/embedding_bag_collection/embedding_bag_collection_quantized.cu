@@ -1,21 +1,13 @@
 // Pooling of bags from tables of codes, which become numbers on the way.
 #include <map>
 
+#include "../common/cuda/codes.cuh"
 #include "lookups.cuh"
 
 namespace recsys_ops::embedding_bag_collection::cuda {
 namespace {
 
 using embedding_bag::cuda::rows_in_flight;
-
-// The number that four bits of exponent and three of mantissa stand for.
-__device__ inline float from_e4m3(unsigned code) {
-  const unsigned magnitude = code & 0x7f;
-  // As a float with an exponent that is too small by 120, subnormal or not.
-  const float scaled = __uint_as_float(magnitude << 20) * 0x1p120f;
-  const float value = magnitude == 0x7f ? __uint_as_float(0x7fc00000) : scaled;
-  return code & 0x80 ? -value : value;
-}
 
 // Codes of the bag's entries [first, first + rows_in_flight) with their scales and offsets, which are
 // zeros where a row is not live.
@@ -59,7 +51,7 @@ struct CodesInFlight {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const unsigned code = BITS == 4 ? of_row[k / 2] >> (N == 1 ? shift : k % 2 * 4) & 15 : of_row[k];
-      values[k] = (FLOATING ? from_e4m3(code) : static_cast<float>(code)) * scale[u] + offset[u];
+      values[k] = (FLOATING ? recsys_ops::cuda::from_e4m3(code) : static_cast<float>(code)) * scale[u] + offset[u];
     }
     return values;
   }

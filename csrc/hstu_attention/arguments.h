@@ -39,10 +39,6 @@ inline Integers integers_of_rows(const char* argument, const OptionalTensor& ten
   return {tensor->const_data_ptr(), wide, tensor->numel()};
 }
 
-inline ScalarType sum_type(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline Weights weights_of(const char* argument, const OptionalTensor& tensor, const Tensor& q) {
   if (!tensor) {
     return {nullptr, 0, 0};
@@ -101,23 +97,18 @@ inline Attention attention_of(
   attention.next_timestamps = next_timestamps;
   if (time_weight) {
     STD_TORCH_CHECK(timestamps && boundaries, op, ": expected timestamps and boundaries with time_weight");
-    check_like(op, "timestamps", *timestamps, {timestamps->size(0)}, ScalarType::Long);
-    check_like(op, "boundaries", *boundaries, {attention.time.size - 1}, ScalarType::Long);
-    attention.timestamps = static_cast<const int64_t*>(timestamps->const_data_ptr());
-    attention.boundaries = static_cast<const int64_t*>(boundaries->const_data_ptr());
+    attention.timestamps = static_cast<const int64_t*>(
+        optional_data(op, "timestamps", timestamps, {timestamps->size(0)}, ScalarType::Long));
+    attention.boundaries = static_cast<const int64_t*>(
+        optional_data(op, "boundaries", boundaries, {attention.time.size - 1}, ScalarType::Long));
   }
 
   attention.scale = scale;
   attention.alpha = alpha;
-  if (row_scale) {
-    check_like(op, "row_scale", *row_scale, {q.size(0)}, sum_type(dtype));
-    attention.row_scale = row_scale->const_data_ptr();
-  }
+  attention.row_scale = optional_data(op, "row_scale", row_scale, {q.size(0)}, sum_type(dtype));
   attention.dropout = dropout;
-  if (dropout_seed) {
-    check_like(op, "dropout_seed", *dropout_seed, {1}, ScalarType::Long);
-    attention.dropout_seed = static_cast<const int64_t*>(dropout_seed->const_data_ptr());
-  }
+  attention.dropout_seed =
+      static_cast<const int64_t*>(optional_data(op, "dropout_seed", dropout_seed, {1}, ScalarType::Long));
   return attention;
 }
 

@@ -4,227 +4,12 @@
 // take many rows at once, and the products with rows of k and v need no rows of them turned.
 #include "attention_tasks.h"
 
+#include "biases.h"
 #include "operands.h"
-#include "scores.h"
+#include "scratch.h"
 
 namespace recsys_ops::hstu_attention::RECSYS_OPS_SIMD_LEVEL {
 namespace {
-
-// Memory of a task, in pieces.
-class Pieces {
- public:
-  explicit Pieces(Scratch& scratch) : scratch(scratch) {}
-
-  // Says how much is needed before any is taken.
-  template <class E>
-  void want(int64_t count) {
-    wanted += rounded(count * static_cast<int64_t>(sizeof(E)));
-  }
-
-  void allocate() {
-    if (static_cast<int64_t>(scratch.size()) < wanted + alignment) {
-      scratch.resize(wanted + alignment);
-    }
-    next = reinterpret_cast<char*>(rounded(reinterpret_cast<int64_t>(scratch.data())));
-  }
-
-  template <class E>
-  E* take(int64_t count) {
-    char* piece = next;
-    next += rounded(count * static_cast<int64_t>(sizeof(E)));
-    return reinterpret_cast<E*>(piece);
-  }
-
- private:
-  static constexpr int64_t alignment = 64;
-  static int64_t rounded(int64_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
-
-  Scratch& scratch;
-  int64_t wanted = 0;
-  char* next = nullptr;
-};
-
-// Takes the same pieces twice: first to count, then for real.
-template <class F>
-void with_memory(Scratch& scratch, const F& f) {
-  Pieces pieces(scratch);
-  f([&](auto*& piece, int64_t count) { pieces.want<std::remove_reference_t<decltype(*piece)>>(count); });
-  pieces.allocate();
-  f([&](auto*& piece, int64_t count) { piece = pieces.take<std::remove_reference_t<decltype(*piece)>>(count); });
-}
-
-// The weights of the bias as a task meets them: those that its heads share, and those of each.
-template <class A>
-struct Biases {
-  static constexpr int lanes = full_lanes<A>, stride = group_rows<A>;
-  using V = Vector<A, lanes>;
-
-  const Attention& attention;
-  const Sequence& sequence;
-  const int64_t first_head, num_heads;
-  const bool is_placed = attention.position.data, is_timed = attention.time.data;
-  const bool shares_position = is_placed && attention.position.heads == 1;
-  const bool shares_time = is_timed && attention.time.heads == 1;
-  const int64_t memory = is_placed ? ReversedWeights<A>::memory(reach()) : 0;
-
-  A* positions;   // [1 or heads, memory], weights
-  A* shared;      // [key_block, stride], what all heads add to their scores
-  int32_t* buckets;  // [key_block, stride], of time, unless the weights are shared
-
-  // Backward only:
-  A* position_sums;  // [1 or heads, memory]
-  A* time_sums;      // [1 or heads, T, lanes]
-  A* shared_sums;    // [key_block, stride], gradients of what all heads add
-
-  bool has_shared() const { return shares_position || shares_time; }
-  bool has_any() const { return is_placed || is_timed; }
-  int64_t reach() const { return ReversedWeights<A>::reach(attention.position, sequence.length); }
-  int64_t position_tables() const { return !is_placed ? 0 : shares_position ? 1 : num_heads; }
-  int64_t time_tables() const { return !is_timed ? 0 : shares_time ? 1 : num_heads; }
-
-  template <class Take>
-  void take_memory(const Take& take, bool is_backward) {
-    take(positions, position_tables() * memory);
-    take(shared, has_shared() ? key_block * stride : 0);
-    take(buckets, is_timed && !shares_time ? key_block * stride : 0);
-    if (is_backward) {
-      take(position_sums, position_tables() * memory);
-      take(time_sums, time_tables() * attention.time.size * lanes);
-      take(shared_sums, has_shared() ? key_block * stride : 0);
-    }
-  }
-
-  void prepare(bool is_backward) {
-    for (int64_t table = 0; table < position_tables(); ++table) {
-      position(table).load_head(attention.position, first_head + table);
-      if (is_backward) {
-        position_sum(table).zero();
-      }
-    }
-    if (is_backward) {
-      std::fill(time_sums, time_sums + time_tables() * attention.time.size * lanes, A{0});
-    }
-  }
-
-  ReversedWeights<A> position(int64_t table) const {
-    return {attention.position, sequence.length, positions + table * memory};
-  }
-  ReversedWeights<A> position_sum(int64_t table) const {
-    return {attention.position, sequence.length, position_sums + table * memory};
-  }
-  const A* time(int64_t table) const {
-    return static_cast<const A*>(attention.time.data) + (shares_time ? 0 : first_head + table) * attention.time.size;
-  }
-  A* time_sum(int64_t table) const { return time_sums + table * attention.time.size * lanes; }
-
-  TimeBuckets<A> buckets_of(RowVector<A>& rows, int64_t key) const {
-    return {attention, rows, attention.timestamps[sequence.first_token + key]};
-  }
-
-  // What depends on rows and keys only: to shared and buckets of the keys, at `to`.
-  void meet(RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t to) const {
-    for (int64_t i = 0; i < keys; ++i) {
-      V bias{};
-      if (shares_position) {
-        bias = position_weights(position(0), rows, first_key + i);
-      }
-      if (is_timed) {
-        const TimeBuckets<A> of_key = buckets_of(rows, first_key + i);
-        if (shares_time) {
-          bias += of_key.weights(time(0));
-        } else {
-          const auto numbers = of_key.numbers();
-          __builtin_memcpy(buckets + to + i * stride, &numbers, sizeof(numbers));
-        }
-      }
-      if (has_shared()) {
-        store<lanes>(shared + to + i * stride, bias);
-      }
-    }
-  }
-
-  // The gradients of what all heads added, to the sums of the weights.
-  void part(RowVector<A>& rows, int64_t first_key, int64_t keys, int64_t from) const {
-    for (int64_t i = 0; i < keys; ++i) {
-      const V gradient = load<lanes>(shared_sums + from + i * stride);
-      if (shares_position) {
-        add_to_positions(position_sum(0), rows, first_key + i, gradient);
-      }
-      if (shares_time) {
-        buckets_of(rows, first_key + i).add(gradient, time_sum(0));
-      }
-    }
-  }
-
-  // Where a vector of rows and a key meet in the reversed weights.
-  RECSYS_OPS_INLINE int64_t meeting(const ReversedWeights<A>& weights, int64_t key) const {
-    const int64_t last = weights.first + weights.size - 1, center = attention.position.size / 2;
-    return last - center - sequence.place(key, attention.target_group_size);
-  }
-
-  RECSYS_OPS_INLINE V position_weights(const ReversedWeights<A>& weights, const RowVector<A>& rows, int64_t key) const {
-    const int64_t x = meeting(weights, key);
-    if (rows.is_consecutive) {
-      return load<lanes>(weights.values + std::clamp<int64_t>(x + rows.place[0], -lanes, weights.size));
-    }
-    V found;
-    for (int lane = 0; lane < lanes; ++lane) {
-      found[lane] = weights.values[std::clamp<int64_t>(x + rows.place[lane], 0, weights.size - 1)];
-    }
-    return found;
-  }
-
-  RECSYS_OPS_INLINE void add_to_positions(
-      const ReversedWeights<A>& sums, const RowVector<A>& rows, int64_t key, V numbers) const {
-    const int64_t x = meeting(sums, key);
-    if (rows.is_consecutive) {
-      A* sum = sums.values + std::clamp<int64_t>(x + rows.place[0], -lanes, sums.size);
-      return store<lanes>(sum, load<lanes>(sum) + numbers);
-    }
-    for (int lane = 0; lane < lanes; ++lane) {
-      sums.values[std::clamp<int64_t>(x + rows.place[lane], 0, sums.size - 1)] += numbers[lane];
-    }
-  }
-
-  // What one head adds to its scores of a key, at `at` in shared and buckets.
-  RECSYS_OPS_INLINE V of_head(int64_t head, const RowVector<A>& rows, int64_t key, int64_t at) const {
-    V bias = has_shared() ? load<lanes>(shared + at) : V{};
-    if (is_placed && !shares_position) {
-      bias += position_weights(position(head), rows, key);
-    }
-    if (is_timed && !shares_time) {
-      V weights;
-      for (int lane = 0; lane < lanes; ++lane) {
-        weights[lane] = time(head)[buckets[at + lane]];
-      }
-      bias += weights;
-    }
-    return bias;
-  }
-
-  RECSYS_OPS_INLINE void add_of_head(int64_t head, const RowVector<A>& rows, int64_t key, int64_t at, V gradient) const {
-    if (has_shared()) {
-      store<lanes>(shared_sums + at, load<lanes>(shared_sums + at) + gradient);
-    }
-    if (is_placed && !shares_position) {
-      add_to_positions(position_sum(head), rows, key, gradient);
-    }
-    if (is_timed && !shares_time) {
-      for (int lane = 0; lane < lanes; ++lane) {
-        time_sum(head)[buckets[at + lane] * lanes + lane] += gradient[lane];
-      }
-    }
-  }
-
-  void write(const Parts& parts) const {
-    for (int64_t table = 0; table < position_tables(); ++table) {
-      position_sum(table).write(static_cast<A*>(parts.position) + table * parts.num_distances);
-    }
-    for (int64_t i = 0; i < time_tables() * attention.time.size; ++i) {
-      static_cast<A*>(parts.time)[i] = sum_of<lanes, A>(load<lanes>(time_sums + i * lanes));
-    }
-  }
-};
 
 // Products of q and k, [keys, group], become what rows of v are multiplied by. Backward, those of v and the
 // output's gradient become gradients of the scores, sums of the bias's weights get theirs, and both are
@@ -273,23 +58,6 @@ RECSYS_OPS_INLINE void weigh(
   }
 }
 
-// The vectors of a group that see any of some keys, from the first to the last.
-struct Vectors {
-  int first, last;
-  int count() const { return last - first; }
-};
-
-template <class A>
-Vectors seeing(const RowGroup<A>& group, int64_t from, int64_t to) {
-  Vectors found = {0, 0};
-  for (int v = 0; v < group.num_vectors; ++v) {
-    if (group.vectors[v].sees_any(from, to)) {
-      found = {found.last == 0 ? v : found.first, v + 1};
-    }
-  }
-  return found;
-}
-
 // Zeros in the columns of vectors that take no part.
 template <class A>
 void clear_others(const Vectors& vectors, int64_t keys, A* numbers) {
@@ -335,15 +103,6 @@ RECSYS_OPS_INLINE const E* of_type(const E* elements, const A* numbers) {
     return numbers;
   } else {
     return elements;
-  }
-}
-
-// Calls f(t, keys, vectors) for the tiles of a block of keys, with the vectors of the group that see them.
-template <class A, class F>
-RECSYS_OPS_INLINE void for_tiles(const RowGroup<A>& group, int64_t first_key, int64_t count, const F& f) {
-  for (int64_t t = 0; t < count; t += tile_rows) {
-    const int64_t keys = std::min<int64_t>(tile_rows, count - t);
-    f(t, keys, seeing(group, first_key + t, first_key + t + keys));
   }
 }
 
@@ -417,13 +176,7 @@ void forward(const Attention& attention, const Task& task, void* output, Scratch
       }
       const int64_t next = !is_unpacked && !attention.cached ? j + count : sequence.length;  // to be fetched
       is_unpacked = true;
-      if (biases.has_shared() || biases.is_timed) {
-        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
-          for (int v = vectors.first; v < vectors.last; ++v) {
-            biases.meet(group.vectors[v], j + t, there, t * stride + v * lanes);
-          }
-        });
-      }
+      biases.meet(group, j, count);
       for (int64_t h = 0; h < num_heads; ++h) {
         const int64_t head = task.first_head + h;
         const E* of_queries = turned + h * query_size + g * stride * width / packed<E>;
@@ -563,16 +316,8 @@ void backward(
       if (!group.sees_any(j, j + count)) {
         continue;
       }
-      if (biases.has_shared() || biases.is_timed) {
-        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
-          for (int v = vectors.first; v < vectors.last; ++v) {
-            biases.meet(group.vectors[v], j + t, there, t * stride + v * lanes);
-          }
-        });
-      }
-      if (biases.has_shared()) {
-        std::fill(biases.shared_sums, biases.shared_sums + count * stride, A{0});
-      }
+      biases.meet(group, j, count);
+      biases.clear_shared(count);
       for (int64_t h = 0; h < num_heads; ++h) {
         const int64_t of_queries = h * query_size + g * group_size / packed<E>;
         const int64_t of_outs = h * out_size + g * value_group_size / packed<E>;
@@ -615,13 +360,7 @@ void backward(
             of_type<E>(numbers, grad_scores), keys + h * key_size / packed<E>, width,
             grad_q + (h * num_groups + g) * group_size);
       }
-      if (biases.has_shared()) {
-        for_tiles(group, j, count, [&](int64_t t, int64_t there, const Vectors& vectors) {
-          for (int v = vectors.first; v < vectors.last; ++v) {
-            biases.part(group.vectors[v], j + t, there, t * stride + v * lanes);
-          }
-        });
-      }
+      biases.part(group, j, count);
     }
     for (int64_t h = 0; h < num_heads; ++h) {
       const int64_t head = task.first_head + h, row = sequence.first_token + j;

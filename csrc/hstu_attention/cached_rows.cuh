@@ -1,19 +1,11 @@
 // Keys or values of a sequence of which the first are in a cache.
 #pragma once
 
-#include "tiles.cuh"
+#include "../common/cuda/codes.cuh"
 #include "sequences.cuh"
+#include "tiles.cuh"
 
 namespace recsys_ops::hstu_attention::cuda {
-
-// The number that four bits of exponent and three of mantissa stand for.
-__device__ inline float from_e4m3(unsigned code) {
-  const unsigned magnitude = code & 0x7f;
-  // As a float with an exponent that is too small by 120, subnormal or not.
-  const float scaled = __uint_as_float(magnitude << 20) * 0x1p120f;
-  const float value = magnitude == 0x7f ? __uint_as_float(0x7fc00000) : scaled;
-  return code & 0x80 ? -value : value;
-}
 
 // Where the cached rows of a sequence are.
 class CachePlaces {
@@ -109,7 +101,7 @@ class CachedRows {
       if (codes == Cache::Codes::int8) {
         value = static_cast<A>(static_cast<int8_t>(read[x]));
       } else if (codes == Cache::Codes::float8) {
-        value = static_cast<A>(from_e4m3(read[x]));
+        value = static_cast<A>(recsys_ops::cuda::from_e4m3(read[x]));
       } else {
         const bool wanted = good && column + x < old.columns;
         value = wanted ? recsys_ops::cuda::widen(old.data[at + (column + x) * old.column_stride]) : A{0};

@@ -20,14 +20,6 @@ using recsys_ops::cuda::OnDevice;
 constexpr const char* op = "hstu_attention";
 constexpr int64_t largest_dim = 256;
 
-Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType dtype) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
-ScalarType sum_type(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // A matrix of rows of heads, of which the last three dimensions are rows, heads and columns.
 Matrix matrix_of(const char* argument, const Tensor& tensor, int64_t rows, int64_t heads, int64_t columns) {
   const int64_t d = tensor.dim();
@@ -63,16 +55,6 @@ Integers optional_integers(const char* argument, const std::optional<Tensor>& te
   static const int64_t nothing = 0;
   const void* data = tensor->const_data_ptr();
   return {data ? data : &nothing, wide, size};
-}
-
-const void* optional_data(
-    const char* argument, const std::optional<Tensor>& tensor, std::initializer_list<int64_t> shape,
-    ScalarType dtype) {
-  if (!tensor) {
-    return nullptr;
-  }
-  check_like(op, argument, *tensor, shape, dtype);
-  return tensor->const_data_ptr();
 }
 
 // Weights of buckets, [1 or H, size].
@@ -118,7 +100,7 @@ Problem problem_of(const Arguments& a, bool cached) {
       a.k.scalar_type() == a.q.scalar_type() && a.v.scalar_type() == a.q.scalar_type(), op,
       ": expected k and v of the dtype of q");
   const int64_t rows = a.q.size(0), heads = a.q.size(1), keys = a.k.size(0);
-  const ScalarType sums = sum_type(a.q);
+  const ScalarType sums = sum_type(a.q.scalar_type());
   Problem problem = {};
   problem.dtype = dtype_of(op, "q", a.q);
   problem.q = matrix_of("q", a.q, rows, heads, a.q.size(2));
@@ -160,20 +142,20 @@ Problem problem_of(const Arguments& a, bool cached) {
     STD_TORCH_CHECK(a.timestamps && a.boundaries, op, ": expected timestamps and boundaries with time_weight");
     const int64_t tokens = cached ? a.timestamps->numel() : keys;
     problem.bias.timestamps =
-        static_cast<const int64_t*>(optional_data("timestamps", a.timestamps, {tokens}, ScalarType::Long));
+        static_cast<const int64_t*>(optional_data(op, "timestamps", a.timestamps, {tokens}, ScalarType::Long));
     problem.bias.boundaries =
-        static_cast<const int64_t*>(optional_data("boundaries", a.boundaries, {times.size - 1}, ScalarType::Long));
+        static_cast<const int64_t*>(optional_data(op, "boundaries", a.boundaries, {times.size - 1}, ScalarType::Long));
   }
   if (a.dropout_seed) {
     const double words = 4294967296.0;
     const double threshold = std::min(std::nearbyint(a.dropout * words), words - 1);
     problem.dropout = {
-        static_cast<const int64_t*>(optional_data("dropout_seed", a.dropout_seed, {1}, ScalarType::Long)),
+        static_cast<const int64_t*>(optional_data(op, "dropout_seed", a.dropout_seed, {1}, ScalarType::Long)),
         static_cast<uint32_t>(threshold), 1 / (1 - a.dropout)};
   } else {
     problem.dropout = {nullptr, 0, 1};
   }
-  problem.row_scale = optional_data("row_scale", a.row_scale, {rows}, sums);
+  problem.row_scale = optional_data(op, "row_scale", a.row_scale, {rows}, sums);
   problem.scale = a.scale;
   problem.alpha = a.alpha;
   return problem;
@@ -206,7 +188,7 @@ Tensor hstu_attention_forward(
        time_weight, timestamps, boundaries, dropout_seed, scale, alpha, causal, window, target_group_size,
        full_window_tail, next_timestamps, dropout},
       false, device.stream);
-  Tensor output = empty_like(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
+  Tensor output = new_empty(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   forward(prepared.problem, output.mutable_data_ptr(), device.stream);
   return output;
 }
@@ -233,7 +215,7 @@ std::tuple<Tensor, Tensor> hstu_attention_backward(
   backward_keys(
       problem, of_output, matrix_of("grad_k", grad_k, keys, heads, k.size(2)),
       matrix_of("grad_v", grad_v, keys, heads, v.size(2)), device.stream);
-  const ScalarType sums = sum_type(q);
+  const ScalarType sums = sum_type(q.scalar_type());
   const int64_t histograms = histogram_count(problem), bytes = sums == ScalarType::Double ? 8 : 4;
   const int64_t distances = problem.bias.num_distances, buckets = problem.bias.num_buckets;
   Memory positions(q, histograms * distances * bytes), times(q, histograms * buckets * bytes);
@@ -242,9 +224,9 @@ std::tuple<Tensor, Tensor> hstu_attention_backward(
       distances > 0 ? positions.as<void>() : nullptr, buckets > 0 ? times.as<void>() : nullptr, device.stream);
   const auto sum = [&](const std::optional<Tensor>& weight, Memory& partial) {
     if (!weight) {
-      return empty_like(q, {0, 0}, sums);
+      return new_empty(q, {0, 0}, sums);
     }
-    Tensor grad = empty_like(q, {weight->size(0), weight->size(1)}, sums);
+    Tensor grad = new_empty(q, {weight->size(0), weight->size(1)}, sums);
     sum_histograms(
         problem, partial.as<void>(), weight->size(1), weight->size(0) > 1, grad.mutable_data_ptr(), device.stream);
     return grad;
@@ -293,8 +275,8 @@ Tensor hstu_attention_cached_forward(
       !paged || (page_table->dim() == 2 && page_table->size(0) == sequences && rows > 0 && rows <= largest_length), op,
       ": expected page_table of shape [B, P], and pages of at least one row");
   const auto scales_of = [&](const char* argument, const std::optional<Tensor>& scales) {
-    return paged ? optional_data(argument, scales, {key_cache.size(0), rows, heads}, sum_type(q))
-                 : optional_data(argument, scales, {rows, heads}, sum_type(q));
+    return paged ? optional_data(op, argument, scales, {key_cache.size(0), rows, heads}, sum_type(q.scalar_type()))
+                 : optional_data(op, argument, scales, {rows, heads}, sum_type(q.scalar_type()));
   };
   const Cache cache = {
       matrix_of("key_cache", key_cache, rows, heads, k.size(2)),
@@ -310,7 +292,7 @@ Tensor hstu_attention_cached_forward(
       paged ? page_table->size(1) : 0,
       paged ? rows : 0,
       key_cache.size(0)};
-  Tensor output = empty_like(q, {q.size(0), heads, v.size(2)}, q.scalar_type());
+  Tensor output = new_empty(q, {q.size(0), heads, v.size(2)}, q.scalar_type());
   cached_forward(prepared.problem, cache, output.mutable_data_ptr(), device.stream);
   return output;
 }

@@ -9,10 +9,6 @@
 namespace recsys_ops::hstu_attention {
 namespace {
 
-Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> shape, std::optional<ScalarType> dtype = {}) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, dtype);
-}
-
 Tensor hstu_attention_forward(
     Tensor q, Tensor k, Tensor v, OptionalTensor query_offsets, Tensor offsets, OptionalTensor row_scale,
     OptionalTensor num_contextual, OptionalTensor num_targets, OptionalTensor intervals,

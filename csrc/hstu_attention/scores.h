@@ -330,4 +330,30 @@ class RowGroup {
   Span spans[(rows + tile_rows - 1) / tile_rows];  // of the keys that each tile of rows sees
 };
 
+// The vectors of a group that see any of some keys, from the first to the last.
+struct Vectors {
+  int first, last;
+  int count() const { return last - first; }
+};
+
+template <class A>
+Vectors seeing(const RowGroup<A>& group, int64_t from, int64_t to) {
+  Vectors found = {0, 0};
+  for (int v = 0; v < group.num_vectors; ++v) {
+    if (group.vectors[v].sees_any(from, to)) {
+      found = {found.last == 0 ? v : found.first, v + 1};
+    }
+  }
+  return found;
+}
+
+// Calls f(t, keys, vectors) for the tiles of a block of keys, with the vectors of the group that see them.
+template <class A, class F>
+RECSYS_OPS_INLINE void for_tiles(const RowGroup<A>& group, int64_t first_key, int64_t count, const F& f) {
+  for (int64_t t = 0; t < count; t += tile_rows) {
+    const int64_t keys = std::min<int64_t>(tile_rows, count - t);
+    f(t, keys, seeing(group, first_key + t, first_key + t + keys));
+  }
+}
+
 }  // namespace recsys_ops::hstu_attention::RECSYS_OPS_SIMD_LEVEL

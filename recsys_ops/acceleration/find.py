@@ -138,7 +138,7 @@ def _layer(name: str, module: Any, proved: bool) -> FoundLayer:
     kind = meta_modules.kind_of(module)
     assert kind is not None
     reason: str | None
-    if isinstance(module, meta_modules.Accelerated):
+    if isinstance(module, Accelerated):
         reason = "already accelerated"
     else:
         reason = why_not_subclassed(type(module)) or meta_modules.why_not_swapped(module)

@@ -90,7 +90,7 @@ def _is_current(known: type, original: type) -> bool:
     """Whether the methods rewritten for ``known`` are still those of ``original``."""
     functions = {name: f for name, f in vars(known).items() if isinstance(f, types.FunctionType)}
     del functions["__reduce_ex__"]
-    own_forward = issubclass(known, (EmbeddingBag, Accelerated, meta_modules.Accelerated))
+    own_forward = issubclass(known, (EmbeddingBag, Accelerated))
     return own_forward or functions == rewritten_methods(original).functions
 
 
@@ -108,7 +108,7 @@ def _subclass(original: Any) -> type:
         bases = (original, Accelerated)
         namespace["forward"] = forward_at_once(original)
     elif meta_modules.kind_of(original) is not None:
-        bases = (original, meta_modules.Accelerated)
+        bases = (original, Accelerated)
         namespace["forward"] = meta_modules.forward_as_one(original)
     else:
         namespace.update(rewritten_methods(original).functions)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_ops._arguments import check_integer_dtype
 from recsys_ops._library import eager_function, is_eager, names_of, register_kernels
 from recsys_ops.backends import (
     Call,
@@ -30,7 +31,6 @@ from recsys_ops.embedding_bag.autograd import (
 _MODES = ("sum", "mean", "max")
 _BOUNDS = ("error", "drop")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_INTEGERS = (torch.int64, torch.int32)
 
 
 def embedding_bag(
@@ -170,10 +170,7 @@ def _check_tensors(
         raise TypeError(
             f"embedding_bag: expected weight of dtype {names_of(_FLOATS)}, got {names_of([weight.dtype])}"
         )
-    if input.dtype not in _INTEGERS:
-        raise TypeError(
-            f"embedding_bag: expected input of dtype {names_of(_INTEGERS)}, got {names_of([input.dtype])}"
-        )
+    check_integer_dtype("embedding_bag", "input", input)
     rows = weight.shape[0]
     if padding_idx is not None and not -rows <= padding_idx < rows:
         raise ValueError(f"embedding_bag: expected padding_idx in [{-rows}, {rows}), got {padding_idx}")
@@ -195,10 +192,7 @@ def _check_tensors(
     if offsets.dim() != 1 or (include_last_offset and offsets.shape[0] == 0):
         wanted = "[B + 1]" if include_last_offset else "[B]"
         raise ValueError(f"embedding_bag: expected offsets of shape {wanted}, got {list(offsets.shape)}")
-    if offsets.dtype not in _INTEGERS:
-        raise TypeError(
-            f"embedding_bag: expected offsets of dtype {names_of(_INTEGERS)}, got {names_of([offsets.dtype])}"
-        )
+    check_integer_dtype("embedding_bag", "offsets", offsets)
     if offsets.get_device() != weight.get_device():
         raise ValueError(
             f"embedding_bag: expected offsets on the device of weight, {weight.device}, got {offsets.device}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_ops._arguments import check_integer_dtype
 from recsys_ops._library import eager_function, is_eager, names_of, register_kernels
 from recsys_ops.backends import (
     Call,
@@ -31,7 +32,6 @@ from recsys_ops.embedding_bag_collection.layout import POOLINGS, Layout, Placeme
 
 OP = "embedding_bag_collection"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)
 BOUNDS = ("error", "drop")
 _DTYPE_NUMBERS = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # of csrc's DType
 
@@ -336,10 +336,7 @@ def check_input(values: Tensor, offsets: Tensor, like: Tensor) -> None:
     for name, tensor, shape in (("values", values, "[N]"), ("offsets", offsets, "[G + 1]")):
         if tensor.dim() != 1 or (name == "offsets" and tensor.shape[0] == 0):
             raise ValueError(f"{OP}: expected {name} of shape {shape}, got {list(tensor.shape)}")
-        if tensor.dtype not in INTEGERS:
-            raise TypeError(
-                f"{OP}: expected {name} of dtype {names_of(INTEGERS)}, got {names_of([tensor.dtype])}"
-            )
+        check_integer_dtype(OP, name, tensor)
         if tensor.get_device() != like.get_device():
             raise ValueError(
                 f"{OP}: expected {name} on the device of the tables, {like.device}, got {tensor.device}"

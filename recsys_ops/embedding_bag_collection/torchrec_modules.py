@@ -133,7 +133,7 @@ def as_ours(theirs: Any) -> list[EmbeddingBagCollection]:
 
 
 class Accelerated:
-    """Marks subclasses of TorchRec's collections whose forward is that of ``forward_at_once``."""
+    """Marks subclasses of other packages' modules that compute by ours, with a forward made for that."""
 
     __slots__ = ()  # so that instances may change their class
 

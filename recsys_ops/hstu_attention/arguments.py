@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_ops._arguments import check_integer_dtype, refuse_shape
 from recsys_ops._library import names_of
+from recsys_ops.embedding_bag.reference import accumulate_type
 from recsys_ops.hstu_attention.bias import RelativeBias, boundaries_of
 from recsys_ops.hstu_attention.masks import HSTUMask
-from recsys_ops.hstu_attention.reference import accumulate_type
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)
 MAX_HEAD_DIM = 256
 
 
@@ -30,20 +30,13 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
-def refuse_shape(op: str, argument: str, expected: str, tensor: Tensor) -> ValueError:
-    return ValueError(f"{op}: expected {argument} of shape {expected}, got {list(tensor.shape)}")
-
-
 def check_device(op: str, argument: str, tensor: Tensor, q: Tensor) -> None:
     if tensor.device != q.device:
         raise ValueError(f"{op}: expected {argument} on the device of q, {q.device}, got {tensor.device}")
 
 
 def check_integers(op: str, argument: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.dtype not in INTEGERS:
-        raise TypeError(
-            f"{op}: expected {argument} of dtype {names_of(INTEGERS)}, got {names_of([tensor.dtype])}"
-        )
+    check_integer_dtype(op, argument, tensor)
     check_device(op, argument, tensor, q)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from recsys_ops._library import LIBRARY
+from recsys_ops.embedding_bag.reference import accumulate_type
 from recsys_ops.hstu_attention import reference
-from recsys_ops.hstu_attention.reference import accumulate_type
 
 # The registered kernels of each backend, filled by api.py.
 KERNELS: dict[str, SimpleNamespace] = {}
@@ -23,55 +23,11 @@ _SAVED = _NAMES[: _NAMES.index("scale")]  # the tensors
 _DIFFERENTIABLE = ("q", "k", "v", "position_weight", "time_weight")
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    query_offsets: Tensor | None,
-    offsets: Tensor,
-    row_scale: Tensor | None,
-    num_contextual: Tensor | None,
-    num_targets: Tensor | None,
-    intervals: Tensor | None,
-    position_weight: Tensor | None,
-    time_weight: Tensor | None,
-    timestamps: Tensor | None,
-    boundaries: Tensor | None,
-    dropout_seed: Tensor | None,
-    scale: float,
-    alpha: float,
-    causal: bool,
-    window: int,
-    target_group_size: int,
-    full_window_tail: int,
-    next_timestamps: bool,
-    dropout: float,
-    backend: str,
-) -> Tensor:
-    return KERNELS[backend].hstu_attention_forward(
-        q,
-        k,
-        v,
-        query_offsets,
-        offsets,
-        row_scale,
-        num_contextual,
-        num_targets,
-        intervals,
-        position_weight,
-        time_weight,
-        timestamps,
-        boundaries,
-        dropout_seed,
-        scale,
-        alpha,
-        causal,
-        window,
-        target_group_size,
-        full_window_tail,
-        next_timestamps,
-        dropout,
-    )
+def _attend(*arguments: Any) -> Tensor:
+    """What the kernel of the backend computes that is named after the kernel's own arguments."""
+    *given, backend = arguments
+    output: Tensor = KERNELS[backend].hstu_attention_forward(*given)
+    return output
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -127,7 +83,8 @@ FAKES: dict[str, Callable[..., Any]] = {
 
 # The attention as one differentiable operator, for callers of torch.ops. Its arguments are those of
 # the kernels, checked.
-LIBRARY.define("hstu_attention" + torch.library.infer_schema(_attend, mutates_args=()))
+_SCHEMA = torch.library.infer_schema(reference.hstu_attention_forward, mutates_args=())
+LIBRARY.define("hstu_attention" + _SCHEMA.replace(") ->", ", str backend) ->"))
 LIBRARY.impl("hstu_attention", _attend, "CompositeExplicitAutograd")
 torch.library.register_fake("recsys_ops::hstu_attention", _attend)
 torch.library.register_autograd("recsys_ops::hstu_attention", _backward, setup_context=_setup)

@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from recsys_ops._arguments import refuse_shape
 from recsys_ops._library import names_of
+from recsys_ops.embedding_bag.reference import accumulate_type
 from recsys_ops.hstu_attention.api import choose
 from recsys_ops.hstu_attention.arguments import (
     autocast_dtype,
@@ -18,13 +20,11 @@ from recsys_ops.hstu_attention.arguments import (
     check_tensors,
     checked_intervals,
     per_sequence,
-    refuse_shape,
     split_scale,
 )
 from recsys_ops.hstu_attention.autograd import KERNELS
 from recsys_ops.hstu_attention.bias import RelativeBias
 from recsys_ops.hstu_attention.masks import HSTUMask
-from recsys_ops.hstu_attention.reference import accumulate_type
 
 NAME = "hstu_attention_cached"
 CODES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}

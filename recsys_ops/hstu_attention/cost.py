@@ -99,13 +99,10 @@ def count_pairs(lengths: Tensor, mask: HSTUMask = HSTUMask()) -> int:  # noqa: B
     end = n - t
     is_target = position >= end
     place = torch.minimum(position, end)
-    window = torch.full_like(n, n.max().item() + 1 if len(n) else 1) if mask.window is None else mask.window
+    window = n
     if mask.window is not None:
-        window = torch.where(
-            (place >= end - mask.full_window_tail) & (mask.full_window_tail > 0),
-            n,
-            torch.full_like(n, mask.window),
-        )
+        is_free = (place >= end - mask.full_window_tail) & (mask.full_window_tail > 0)
+        window = torch.where(is_free, n, mask.window)
     first = (place - window).clamp(min=0)
     first = torch.where(first < c, 0, first)
     last = torch.minimum(position + 1 if mask.causal else place + window + 1, end)

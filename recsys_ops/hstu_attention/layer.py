@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recsys_ops._arguments import refuse_shape
 from recsys_ops._library import names_of
 from recsys_ops.hstu_attention.api import choose
 from recsys_ops.hstu_attention.arguments import (
@@ -18,7 +19,6 @@ from recsys_ops.hstu_attention.arguments import (
     cast,
     check_integers,
     check_offsets,
-    refuse_shape,
 )
 from recsys_ops.hstu_attention.bias import RelativeBias
 from recsys_ops.hstu_attention.layer_autograd import (

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from recsys_ops.embedding_bag_collection.torchrec_modules import has_hooks
-from recsys_ops.hstu_attention.arguments import INTEGERS
+from recsys_ops._arguments import INTEGERS
+from recsys_ops.embedding_bag_collection.torchrec_modules import Accelerated, has_hooks
 from recsys_ops.hstu_attention.bias import RelativeBias
 from recsys_ops.hstu_attention.layer import NAME, hstu_layer, layer_config, with_requests, without_requests
 from recsys_ops.hstu_attention.layer_autograd import RECOMPUTABLE, LayerWeights
@@ -96,12 +96,6 @@ def why_not_swapped(module: Any) -> str | None:
     if any(has_hooks(child) for child in module.modules() if child is not module):
         return "its parts have hooks"
     return kind.why_not_ours(module)
-
-
-class Accelerated:
-    """Marks subclasses of Meta's layers whose forward is that of ``forward_as_one``."""
-
-    __slots__ = ()  # so that instances may change their class
 
 
 def forward_as_one(original: type) -> Callable[..., Any]:

@@ -47,6 +47,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from recsys_ops.embedding_bag.reference import accumulate_type
 from recsys_ops.hstu_attention import philox
 
 # The arguments that a kernel changes.
@@ -473,10 +474,6 @@ def add_to_buckets(grad: Tensor, buckets: Tensor, grad_scores: Tensor) -> None:
 def wide(tensor: Tensor) -> Tensor:
     """In the type that sums are formed in."""
     return tensor.to(accumulate_type(tensor.dtype))
-
-
-def accumulate_type(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _zeros_like(weight: Tensor | None, q: Tensor) -> Tensor:
