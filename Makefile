@@ -15,6 +15,8 @@ GPU_PYTHON ?= python3
 # Any PyTorch from 2.10 on; this is the one that is tested.
 TORCH ?= torch==2.13.0
 RUN := $(PYTHON) -m recsys_ops
+# The modules of tests, several at a time.
+PYTEST := $(PYTHON) -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadscope
 
 help: ## list the targets
 	@awk -F': .*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,10 +37,10 @@ demo: $(READY) ## train, accelerate and compare recommenders on real data
 	$(RUN) demo
 
 test: $(READY) $(READY:ready=peers) ## the fast tests, and in CI a share of the slow ones that changes daily
-	$(PYTHON) -m pytest --slow=$(if $(CI),share,none)
+	$(PYTEST) --slow=$(if $(CI),share,none)
 
 test-all: $(READY) $(READY:ready=peers) ## every test
-	$(PYTHON) -m pytest --slow=all
+	$(PYTEST) --slow=all
 
 bench: $(READY) $(READY:ready=peers) ## measure every operator against its peers
 	$(RUN) bench --json bench.json --html bench.html

@@ -8,7 +8,7 @@ import zlib
 
 import pytest
 
-SHARES = 6
+SHARES = 12
 
 # What needs TorchRec to be imported, where it is not: tests of it skip themselves.
 _NEEDED = ("torchrec", "fbgemm_gpu", "tensordict", "torchmetrics", "tqdm", "pyre_extensions")

@@ -2,6 +2,8 @@
 // included by sources compiled once per SIMD level. Lanes of a vector are neighbouring rows.
 #pragma once
 
+#include <limits>
+
 #include "../common/simd_blocks.h"
 #include "../common/simd_math.h"
 #include "../common/simd_products.h"
@@ -71,8 +73,9 @@ struct RowVector {
   const Integer* intervals;  // [R, 2, lanes]
   int64_t place[lanes];
   bool is_consecutive;
-  Vector<int64_t, lanes> asked;
-  int64_t first_asked, last_asked;
+  int64_t asked[lanes], first_asked, last_asked;
+  I since_first, until_last;  // from the first that is asked for and to the last, unless they are ages apart
+  bool are_ages_apart;
   int64_t nearest, farthest;  // buckets of time
 
   // Row `lane` is the token `first + lane` of the sequence; those past the last see what the last sees.
@@ -100,11 +103,7 @@ struct RowVector {
       }
       place[lane] = first + lane <= last ? sequence.place(position, attention.target_group_size) : first + lane;
       is_consecutive &= position < end || first + lane > last;
-      if (attention.time.data) {
-        asked[lane] = sequence.asked(attention, position);
-        first_asked = lane == 0 ? asked[0] : std::min<int64_t>(first_asked, asked[lane]);
-        last_asked = lane == 0 ? asked[0] : std::max<int64_t>(last_asked, asked[lane]);
-      }
+      asked[lane] = attention.time.data ? sequence.asked(attention, position) : 0;
       const int64_t row = sequence.first_row + position - sequence.first_position();
       for (int64_t r = 0; r < attention.num_intervals; ++r) {
         for (int64_t side = 0; side < 2; ++side) {
@@ -122,6 +121,14 @@ struct RowVector {
     if (!attention.intervals.data) {
       interval_first = 0;
       interval_last = sequence.length;
+    }
+    first_asked = *std::min_element(asked, asked + lanes);
+    last_asked = *std::max_element(asked, asked + lanes);
+    are_ages_apart = static_cast<uint64_t>(last_asked) - static_cast<uint64_t>(first_asked) >=
+                     static_cast<uint64_t>(std::numeric_limits<Integer>::max());
+    for (int lane = 0; lane < lanes; ++lane) {
+      since_first[lane] = are_ages_apart ? 0 : static_cast<Integer>(asked[lane] - first_asked);
+      until_last[lane] = are_ages_apart ? 0 : static_cast<Integer>(last_asked - asked[lane]);
     }
   }
 
@@ -150,45 +157,54 @@ struct RowVector {
   }
 };
 
-// The buckets of a key's differences of time to rows: from nearest to farthest, and how to tell them.
+// The buckets of a key's differences of time to rows: from nearest to farthest, and how to tell them. Most
+// keys have at most three, which are told apart without a branch.
 template <class A>
 struct TimeBuckets {
   static constexpr int lanes = full_lanes<A>;
   using V = Vector<A, lanes>;
-  using I = Vector<IntegerLike<A>, lanes>;
+  using Integer = IntegerLike<A>;
+  using I = Vector<Integer, lanes>;
+  static constexpr int64_t no_boundary = 0;
 
+  const RowVector<A>& rows;
   const int64_t* boundaries;
-  int64_t nearest, farthest;
-  Vector<int64_t, lanes> difference;
+  const int64_t time;
+  int64_t least = 0;  // of the differences; they are so much more than what `beyond` says
+  I beyond;
+  int64_t nearest, second, third, farthest;  // second and third are neighbours of nearest, whoever has them
 
   // Starts from the buckets of the row's last key, which are seldom far away.
   RECSYS_OPS_INLINE TimeBuckets(const Attention& attention, RowVector<A>& rows, int64_t time)
-      : boundaries(attention.boundaries), nearest(rows.nearest), farthest(rows.farthest) {
-    int64_t least = 0, most = std::max(rows.last_asked - time, time - rows.first_asked);
+      : rows(rows),
+        boundaries(attention.time.size > 1 ? attention.boundaries : &no_boundary),
+        time(time),
+        nearest(rows.nearest),
+        farthest(rows.farthest) {
     if (rows.first_asked >= time) {
       least = rows.first_asked - time;
+      beyond = rows.since_first;
     } else if (rows.last_asked <= time) {
       least = time - rows.last_asked;
+      beyond = rows.until_last;
+    } else {
+      beyond = rows.since_first - broadcast<lanes>(static_cast<Integer>(time - rows.first_asked));
+      beyond = beyond < 0 ? -beyond : beyond;
     }
-    const int64_t last = attention.time.size - 1;
+    const int64_t most = std::max(rows.last_asked - time, time - rows.first_asked), last = attention.time.size - 1;
     move(nearest, least, last);
     move(farthest, most, last);
     rows.nearest = nearest;
     rows.farthest = farthest;
-    if (nearest != farthest) {
-      difference = rows.asked - broadcast<lanes>(time);
-      difference = difference < 0 ? -difference : difference;
-    }
-  }
-
-  // The lanes whose bucket is this one or farther.
-  RECSYS_OPS_INLINE I reaches(int64_t bucket) const {
-    return __builtin_convertvector(difference >= broadcast<lanes>(boundaries[bucket - 1]), I);
+    second = std::min(nearest + 1, last);
+    third = std::min(nearest + 2, last);
   }
 
   RECSYS_OPS_INLINE V weights(const A* of_buckets) const {
     V weight = broadcast<lanes>(of_buckets[nearest]);
-    for (int64_t bucket = nearest + 1; bucket <= farthest; ++bucket) {
+    weight = reaches(second) ? broadcast<lanes>(of_buckets[second]) : weight;
+    weight = reaches(third) ? broadcast<lanes>(of_buckets[third]) : weight;
+    for (int64_t bucket = nearest + 3; bucket <= farthest; ++bucket) {
       weight = reaches(bucket) ? broadcast<lanes>(of_buckets[bucket]) : weight;
     }
     return weight;
@@ -197,24 +213,46 @@ struct TimeBuckets {
   RECSYS_OPS_INLINE Vector<int32_t, lanes> numbers() const {
     Vector<int32_t, lanes> number = broadcast<lanes>(static_cast<int32_t>(nearest));
     for (int64_t bucket = nearest + 1; bucket <= farthest; ++bucket) {
-      const auto here = difference >= broadcast<lanes>(boundaries[bucket - 1]);
-      number -= __builtin_convertvector(here, Vector<int32_t, lanes>);  // -1 where it is
+      number -= __builtin_convertvector(reaches(bucket), Vector<int32_t, lanes>);  // -1 where it is
     }
     return number;
   }
 
   // Adds each lane's number to sums [T, lanes] of its bucket.
   RECSYS_OPS_INLINE void add(V numbers, A* sums) const {
-    for (int64_t bucket = farthest; bucket > nearest; --bucket) {
-      const I here = reaches(bucket);
-      A* sum = sums + bucket * lanes;
-      store<lanes>(sum, load<lanes>(sum) + (here ? numbers : V{}));
-      numbers = here ? V{} : numbers;
+    for (int64_t bucket = farthest; bucket > nearest + 2; --bucket) {
+      add_where_reached(bucket, numbers, sums);
     }
-    store<lanes>(sums + nearest * lanes, load<lanes>(sums + nearest * lanes) + numbers);
+    add_where_reached(third, numbers, sums);
+    add_where_reached(second, numbers, sums);
+    add_all(nearest, numbers, sums);
   }
 
  private:
+  // The lanes whose bucket is this one or farther; of bucket 0, any.
+  RECSYS_OPS_INLINE I reaches(int64_t bucket) const {
+    const int64_t boundary = boundaries[std::max<int64_t>(bucket, 1) - 1];
+    if (rows.are_ages_apart) {
+      I here;
+      for (int lane = 0; lane < lanes; ++lane) {
+        here[lane] = -(std::max(rows.asked[lane] - time, time - rows.asked[lane]) >= boundary);
+      }
+      return here;
+    }
+    constexpr int64_t largest = std::numeric_limits<Integer>::max();
+    return beyond >= broadcast<lanes>(static_cast<Integer>(std::clamp<int64_t>(boundary - least, 0, largest)));
+  }
+
+  RECSYS_OPS_INLINE void add_where_reached(int64_t bucket, V& numbers, A* sums) const {
+    const I here = reaches(bucket);
+    add_all(bucket, here ? numbers : V{}, sums);
+    numbers = here ? V{} : numbers;
+  }
+
+  RECSYS_OPS_INLINE static void add_all(int64_t bucket, V numbers, A* sums) {
+    store<lanes>(sums + bucket * lanes, load<lanes>(sums + bucket * lanes) + numbers);
+  }
+
   RECSYS_OPS_INLINE void move(int64_t& bucket, int64_t difference, int64_t last) const {
     while (bucket < last && difference >= boundaries[bucket]) {
       ++bucket;

@@ -87,6 +87,7 @@ class HSTUAttentionCase(Case):
     bucketing: str = "log"
     own_times: bool = False
     unsorted_times: bool = False
+    ages_apart: bool = False  # some neighbours, in seconds more than int32 holds
     wide_tables: bool = False  # in fp32 beside fp16 or bf16
     row_scales: bool = False
     dropout: float = 0.0
@@ -184,7 +185,7 @@ class HSTUAttentionCase(Case):
             arguments[name] = full[torch.tensor(last, dtype=torch.int64)]
             cache = full.new_full((num_rows, *full.shape[1:]), torch.nan)
             cache[into] = full[token]
-            leading = (-1, PAGE) if self.cached == "paged" else (-1,)
+            leading = (num_pages, PAGE) if self.cached == "paged" else (num_rows,)
             if self.quantized:
                 # Of magnitudes; signs are the scales', so that sums of magnitudes are what they should be.
                 codes, scales = quantize_cache(cache.abs(), self.quantized)
@@ -216,6 +217,8 @@ class HSTUAttentionCase(Case):
     def _draw_timestamps(self, draw: Inputs) -> Tensor:
         count = sum(self.lengths)
         gaps = torch.rand(count, generator=draw.generator).mul(8).exp().long() - 1
+        if self.ages_apart:
+            gaps[::37] += 2**33
         times = 1_700_000_000 + gaps.cumsum(0)
         if self.unsorted_times:
             times = times[torch.randperm(count, generator=draw.generator)]
@@ -263,6 +266,8 @@ BIASES: tuple[Fields, ...] = (
     {"time": "heads", "unsorted_times": True},
     {"position": "heads", "time": "heads", "buckets": 129, "distances": 199},
     {"position": "shared", "time": "shared", "bucketing": "sqrt", "own_times": True},
+    {"time": "shared", "buckets": 129, "ages_apart": True},
+    {"time": "heads", "buckets": 129, "ages_apart": True, "unsorted_times": True},
     {"time": "shared", "buckets": 1},
     {"position": "shared", "distances": 1},
 )

@@ -24,7 +24,7 @@ def first_failure(check: str, spec: OperatorSpec) -> Result | None:
     return None
 
 
-@pytest.mark.parametrize("check", CHECKS.keys() - {"mutant"})
+@pytest.mark.parametrize("check", [name for name in CHECKS if name != "mutant"])
 def test_right_operator_passes(check: str) -> None:
     assert first_failure(check, toy.spec()) is None
 
