@@ -21,6 +21,7 @@ from recsys_ops.hstu_attention.cost import backward_cost, count_pairs, forward_c
 from recsys_ops.testing.tolerances import compare
 
 _BUCKETS, _TARGETS = 129, 20
+_ROOM_OF_PEERS = 4  # times the error that ours may have
 _CHECKED_PAIRS = 2_000_000  # of more, one head is compared, and not what all heads add up
 
 
@@ -35,6 +36,7 @@ class Case:
     biased: bool = False  # by position and time, and with every kind of mask
     step: bool = False
     softmax: bool = False  # what SDPA computes in its place
+    is_peer: bool = False  # may round where ours does not
     device: str = "cpu"
 
     @property
@@ -181,7 +183,7 @@ def _check(case: Case, inputs: Inputs) -> Check:
             if case.softmax:  # whose gradients cancel: the sum of a row's terms is no bound for its error
                 magnitude = magnitude + magnitude.max()
             comparison = compare(tensor.detach(), same, exact, magnitude)
-            if not comparison:
+            if comparison.worst > comparison.budget * (_ROOM_OF_PEERS if case.is_peer else 1):
                 return f"{name}: {comparison.detail}"
         return None
 

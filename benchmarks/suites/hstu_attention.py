@@ -73,8 +73,8 @@ def _without_bias(plain: Workload, inputs: Inputs) -> Inputs:
     return Inputs(None, [batch._replace(mask=mask, timestamps=None) for batch in inputs.batches])
 
 
-def _as_softmax(workload: Workload) -> Workload:
-    return make_workload(workload.name, replace(workload.case, softmax=True))
+def _as_peer(workload: Workload, softmax: bool = False) -> Workload:
+    return make_workload(workload.name, replace(workload.case, softmax=softmax, is_peer=True))
 
 
 def _is_plain(workload: Workload) -> bool:
@@ -134,15 +134,21 @@ def suite(device: str) -> Suite:
     on_cpu = device == "cpu"
     call = Call(device, torch.float32 if on_cpu else torch.bfloat16)
     peers = [
-        Candidate("padded eager", _prepare_padded, applies=_is_plain),
+        Candidate("padded eager", _prepare_padded, applies=_is_plain, variant=_as_peer),
         Candidate(
             "torch.compile of it",
             functools.partial(_prepare_padded, compiled=True),
             available=compiler_missing,
             applies=lambda workload: _is_plain(workload) and workload.quick,
+            variant=_as_peer,
         ),
-        Candidate("loop of sequences", _prepare_each, applies=_is_plain),
-        Candidate("SDPA, same FLOPs", _prepare_sdpa, applies=_is_plain, variant=_as_softmax),
+        Candidate("loop of sequences", _prepare_each, applies=_is_plain, variant=_as_peer),
+        Candidate(
+            "SDPA, same FLOPs",
+            _prepare_sdpa,
+            applies=_is_plain,
+            variant=functools.partial(_as_peer, softmax=True),
+        ),
         Candidate(
             "recsys_ops plain",
             _prepare_plain,
