@@ -70,7 +70,7 @@ def build(
     BUILT.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> str:
-        target = library.with_name(f"{library.stem}-{source.stem}.o")
+        target = library.with_name(f"{library.stem}-{source.stem}.{os.getpid()}.o")
         is_watched = source.suffix == ".cu" or (sanitizer == "address" and source not in engine)
         watched = [*SANITIZERS[sanitizer], *INSTRUMENTED] if is_watched else []
         includes = [HERE, csrc, *(cpp_extension.include_paths() if with_torch else ())]

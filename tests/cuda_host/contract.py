@@ -1,8 +1,9 @@
 """Runs the correctness suite of an operator on its CUDA kernels, built for the CPU by ``build.py``.
 
-    python tests/cuda_host/contract.py LIBRARY OPERATOR RESULTS quick|all [CHECK ...]
+    python tests/cuda_host/contract.py LIBRARY OPERATOR RESULTS EXTENT [CHECK ...]
 
-In a process of its own: a sanitizer ends the process where it finds a fault.
+EXTENT is ``quick``, ``all``, or a part of all such as ``3of8``. In a process of its own: a sanitizer ends
+the process where it finds a fault.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ VALUE_CHECKS = {
 }
 
 
-def run(library: str, operator: str, checks: list[str], quick: bool) -> dict[str, Any]:
+def run(library: str, operator: str, checks: list[str], extent: str) -> dict[str, Any]:
     """For each check how many examples passed, and the failures."""
+    part, _, parts = extent.partition("of")
+    chosen = slice(int(part) - 1, None, int(parts)) if parts else slice(None)
     spec: OperatorSpec = importlib.import_module(f"recsys_ops.{operator}.cases").SPEC
     kernels = load_kernels(library, operator)
     register_fakes(kernels, operator)
@@ -113,15 +116,15 @@ def run(library: str, operator: str, checks: list[str], quick: bool) -> dict[str
     for name in checks:
         checked = checking_values(kernels, VALUE_CHECKS[operator]) if name == "bad_input" else kernels
         with candidate(spec, checked, "cuda_host") as target:
-            for example in examples(spec, [target], quick):
-                if example.check.name == name:
-                    result = example.run()
-                    outcome[name]["passed"] += result.ok
-                    outcome[name]["failures"] += [] if result.ok else [str(result)]
+            of_check = [e for e in examples(spec, [target], extent == "quick") if e.check.name == name]
+            for example in of_check[chosen]:
+                result = example.run()
+                outcome[name]["passed"] += result.ok
+                outcome[name]["failures"] += [] if result.ok else [str(result)]
     return outcome
 
 
 if __name__ == "__main__":
     library, operator, results, extent, *only = sys.argv[1:]
     torch.set_num_threads(1)
-    Path(results).write_text(json.dumps(run(library, operator, only or list(CHECKS), extent == "quick")))
+    Path(results).write_text(json.dumps(run(library, operator, only or list(CHECKS), extent)))

@@ -14,9 +14,11 @@ from cuda_host.build import ROOT, build_operator, environment
 from cuda_host.suite import (
     CHECKED,
     NEEDS_COMPILER,
+    PARTS,
     Fault,
     Outcomes,
     check_outcome,
+    check_outcomes,
     outcomes_of,
     what_is_said_of,
 )
@@ -43,10 +45,10 @@ def test_contract(suite: Outcomes, sanitizer: str, check: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("sanitizer", DEFINES)
-def test_whole_contract(suite: Outcomes, sanitizer: str) -> None:
-    for outcome in suite(sanitizer, "all").values():
-        check_outcome(outcome)
+def test_whole_contract(suite: Outcomes, sanitizer: str, part: str) -> None:
+    check_outcomes(suite(sanitizer, part))
 
 
 EAGER = """

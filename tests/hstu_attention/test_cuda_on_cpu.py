@@ -9,9 +9,11 @@ import pytest
 from cuda_host.suite import (
     CHECKED,
     NEEDS_COMPILER,
+    PARTS,
     Fault,
     Outcomes,
     check_outcome,
+    check_outcomes,
     outcomes_of,
     what_is_said_of,
 )
@@ -42,10 +44,10 @@ def test_contract(suite: Outcomes, sanitizer: str, check: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("sanitizer", DEFINES)
-def test_whole_contract(suite: Outcomes, sanitizer: str) -> None:
-    for outcome in suite(sanitizer, "all").values():
-        check_outcome(outcome)
+def test_whole_contract(suite: Outcomes, sanitizer: str, part: str) -> None:
+    check_outcomes(suite(sanitizer, part))
 
 
 WRONG = r"forward_backward \["
