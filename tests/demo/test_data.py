@@ -21,6 +21,7 @@ from recsys_ops.demo.data import (
 GOOD = (
     "user,item,time,amount\nb,x,2024-01-02,1\na,y,2024-01-03,2\na,x,2024-01-01T10:00,3\na,z,2024-01-03,0.5\n"
 )
+GZIPPED = gzip.compress(GOOD.encode(), mtime=0)  # without the time, which would differ between processes
 
 
 def write(folder: Path, content: str | bytes, name: str = "file.csv") -> Path:
@@ -37,7 +38,7 @@ def load(path: Path, quantity: str | None = "amount") -> Interactions:
     "content",
     [
         GOOD,
-        gzip.compress(GOOD.encode()),
+        GZIPPED,
         GOOD.replace(",", ";"),
         GOOD.replace(",", "\t"),
         GOOD.replace("\n", "\r\n"),
@@ -101,7 +102,7 @@ def test_leaves_out_and_counts_lines_that_are_no_purchases(tmp_path: Path) -> No
         (GOOD + "a,x\0,2024-01-01,one\n", "line 6: .*(NUL|expected a number)"),
         (GOOD.encode() + b"a,\xff,2024-01-01,1\n", "line 6: expected UTF-8 text, got byte 0xff at column 3"),
         (GOOD.encode("utf-16"), "line 1: expected UTF-8 text"),
-        (gzip.compress(GOOD.encode())[:-12], "damaged gzip file"),
+        (GZIPPED[:-12], "damaged gzip file"),
         (GOOD + 'a,"' + "x" * 200_000 + '",2024-01-01,1\n', "line 6: field larger than field limit"),
     ],
 )
