@@ -187,6 +187,7 @@ class BuildExtension(build_ext):
             "USE_CUDA",
             f"TORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
             f"Py_LIMITED_API={PY_LIMITED_API}",
+            *(["RECSYS_OPS_SM90A"] if any(name.endswith("90a") for name in architectures) else []),
         ]
         compiler = [nvcc.path, *(["-ccbin", os.environ["CXX"]] if "CXX" in os.environ else [])]
         options = [

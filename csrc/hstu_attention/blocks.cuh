@@ -11,8 +11,11 @@ namespace recsys_ops::hstu_attention::cuda {
 struct Items {
   int64_t head, first, stride;
 
+  // Of 32 bits, since there is a block for each head: a division of 64 bits is a call.
   __device__ explicit Items(int64_t num_heads)
-      : head(blockIdx.x % num_heads), first(blockIdx.x / num_heads), stride(gridDim.x / num_heads) {}
+      : head(blockIdx.x % static_cast<unsigned>(num_heads)),
+        first(blockIdx.x / static_cast<unsigned>(num_heads)),
+        stride(gridDim.x / static_cast<unsigned>(num_heads)) {}
 };
 
 // Some rows of one sequence, and a part of the columns of results.
@@ -81,15 +84,22 @@ struct Bounds {
   __device__ bool is_seen_by_all(int first, int size) const { return all_begin <= first && first + size <= all_end; }
 };
 
+// Threads that work together: all of a block.
+struct WholeBlock {
+  __device__ static int index() { return static_cast<int>(threadIdx.x); }
+  __device__ static int count() { return static_cast<int>(blockDim.x); }
+  __device__ static void synchronize() { __syncthreads(); }
+};
+
 // Learns what there is to know of rows [first, first + N), for all threads, and returns what they see.
-template <class A, int N>
+template <class Team, class A, int N>
 __device__ Bounds learn_rows(
     const Problem& problem, const Sequence& sequence, const RowFacts<A, N>& facts, int first, bool extras) {
-  __syncthreads();
-  for (int i = threadIdx.x; i < N; i += blockDim.x) {
+  Team::synchronize();
+  for (int i = Team::index(); i < N; i += Team::count()) {
     facts.learn(problem, sequence, i, first + i, extras);
   }
-  __syncthreads();
+  Team::synchronize();
   Bounds own = Bounds::none();
   for (int i = threadIdx.x % 32; i < N && first + i < sequence.rows; i += 32) {
     own.include(facts.seen[i]);

@@ -38,7 +38,7 @@ __device__ void keep_remainders(Sums<T, N>& values) {
 
 // A power of two near the largest of a sequence's row scales. Weights times scales are held in fp16
 // after division by it, so that small scales do not end among the subnormals. Has barriers.
-template <class T>
+template <class Team, class T>
 __device__ float unit_of_scales(const Problem& problem, const Sequence& sequence, int* largest) {
   if constexpr (!std::is_same_v<T, Half>) {
     return 1;
@@ -46,17 +46,17 @@ __device__ float unit_of_scales(const Problem& problem, const Sequence& sequence
     if (!problem.row_scale) {
       return 1;
     }
-    if (threadIdx.x == 0) {
+    if (Team::index() == 0) {
       *largest = 0;
     }
-    __syncthreads();
+    Team::synchronize();
     int bits = 0;
-    for (int row = threadIdx.x; row < sequence.rows; row += blockDim.x) {
+    for (int row = Team::index(); row < sequence.rows; row += Team::count()) {
       const float scale = static_cast<const float*>(problem.row_scale)[sequence.first_row + row];
       bits = max(bits, static_cast<int>(__float_as_uint(fabsf(scale))));
     }
     atomicMax(largest, bits);
-    __syncthreads();
+    Team::synchronize();
     const int exponent = *largest >> 23;
     return exponent == 255 ? 1.0f : __uint_as_float(static_cast<unsigned>(max(exponent, 1)) << 23);
   }

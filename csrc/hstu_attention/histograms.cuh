@@ -36,7 +36,8 @@ struct TablesAt {
   RECSYS_OPS_INLINE int64_t shared_size() const { return times ? static_cast<int64_t>(copies) * num_buckets : 0; }
 };
 
-template <class A>
+// Of a block, whose scores a team of its threads differentiates.
+template <class Team, class A>
 class Tables {
  public:
   __device__ Tables(const TablesAt<A>& at, A* shared)
@@ -47,20 +48,20 @@ class Tables {
         copies(at.copies > 0 ? at.copies : 1) {}
 
   __device__ void clear() const {
-    for (int64_t i = threadIdx.x; at.positions && i < at.num_distances; i += blockDim.x) {
+    for (int64_t i = Team::index(); at.positions && i < at.num_distances; i += Team::count()) {
       positions[i] = 0;
     }
-    for (int64_t i = threadIdx.x; at.times && i < static_cast<int64_t>(copies) * at.num_buckets; i += blockDim.x) {
+    for (int64_t i = Team::index(); at.times && i < static_cast<int64_t>(copies) * at.num_buckets; i += Team::count()) {
       histograms[i] = 0;
     }
-    __syncthreads();
+    Team::synchronize();
   }
 
   // Adds the gradients of a tile of scores; `tile` [block, N + 1] is room for them. Before the next, there
   // must be a barrier.
-  template <class T, int D, int N, class TileScores, class Facts>
+  template <int BLOCK, int N, class TileScores, class Facts>
   __device__ void add(
-      const Sums<T, N>& grads, const TileScores& scores, const Facts& rows, const Bounds& bounds, const Lane& lane,
+      const A (&grads)[N / 8][4], const TileScores& scores, const Facts& rows, const Bounds& bounds, const Lane& lane,
       A* tile) {
     if (at.positions) {
 #pragma unroll
@@ -70,12 +71,12 @@ class Tables {
           tile[TileScores::row_of(lane, n, c) * (N + 1) + TileScores::key_of(lane, n, c)] = grads[n][c];
         }
       }
-      __syncthreads();
-      add_diagonals<N, Shape<T, D>::block>(scores, rows, bounds, tile);
+      Team::synchronize();
+      add_diagonals<N, BLOCK>(scores, rows, bounds, tile);
     }
     if (at.times) {
-      for (int first = 0; first < Shape<T, D>::threads; first += copies) {
-        const int copy = static_cast<int>(threadIdx.x) - first;
+      for (int first = 0; first < Team::count(); first += copies) {
+        const int copy = Team::index() - first;
         if (0 <= copy && copy < copies) {
 #pragma unroll
           for (int n = 0; n < N / 8; ++n) {
@@ -86,8 +87,8 @@ class Tables {
             }
           }
         }
-        if (copies < Shape<T, D>::threads) {
-          __syncthreads();
+        if (copies < Team::count()) {
+          Team::synchronize();
         }
       }
     }
@@ -99,9 +100,9 @@ class Tables {
       add_in_order(below, 0, room);
       add_in_order(above, at.num_distances - 1, room);
     }
-    __syncthreads();
+    Team::synchronize();
     if (at.times && at.copies > 0) {
-      for (int bucket = threadIdx.x; bucket < at.num_buckets; bucket += blockDim.x) {
+      for (int bucket = Team::index(); bucket < at.num_buckets; bucket += Team::count()) {
         A sum = 0;
         for (int copy = 0; copy < copies; ++copy) {
           sum += histograms[static_cast<int64_t>(bucket) * copies + copy];
@@ -120,8 +121,8 @@ class Tables {
     const int group_end = history + scores.problem.mask.target_group_size - 1;
     const int least = first < history ? first : max(history, first - bounds.largest_shift);
     const int most = last < history ? last : max(history - 1, min(group_end, last - bounds.least_shift));
-    for (int distance = least - bounds.largest_place + static_cast<int>(threadIdx.x);
-         distance <= most - bounds.least_place; distance += blockDim.x) {
+    for (int distance = least - bounds.largest_place + Team::index();
+         distance <= most - bounds.least_place; distance += Team::count()) {
       A sum = 0;
 #pragma unroll 4
       for (int row = 0; row < BLOCK; ++row) {
@@ -143,11 +144,11 @@ class Tables {
   }
 
   __device__ void add_in_order(A sum, int bucket, A* room) const {
-    __syncthreads();
-    room[threadIdx.x] = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int thread = 0; thread < static_cast<int>(blockDim.x); ++thread) {
+    Team::synchronize();
+    room[Team::index()] = sum;
+    Team::synchronize();
+    if (Team::index() == 0) {
+      for (int thread = 0; thread < Team::count(); ++thread) {
         positions[bucket] += room[thread];
       }
     }

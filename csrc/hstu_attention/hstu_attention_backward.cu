@@ -56,7 +56,7 @@ __device__ void differentiate_keys(
   }
   __syncthreads();
   const TileRanges<4>& tiles = *memory.tiles;
-  const A unit = EXTRAS ? unit_of_scales<T>(problem, sequence, memory.largest) : A{1};
+  const A unit = EXTRAS ? unit_of_scales<WholeBlock, T>(problem, sequence, memory.largest) : A{1};
   const Rows<T> q(problem.q, sequence.first_row, head), grad(grad_output, sequence.first_row, head);
 
   bool sees_all = true;  // as far as this thread knows, every row of the next tile every key
@@ -177,13 +177,13 @@ struct RowsMemory {
 template <class T, int D, bool EXTRAS, int N>
 __device__ void differentiate_rows(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_q, const Item& item, int64_t head,
-    const RowsMemory<T, D, N>& memory, Tables<Accumulate<T>>& tables) {
+    const RowsMemory<T, D, N>& memory, Tables<WholeBlock, Accumulate<T>>& tables) {
   using S = Shape<T, D>;
   using A = Accumulate<T>;
   constexpr int C = S::columns;
   const Sequence& sequence = item.sequence;
   const Lane lane;
-  const Bounds bounds = learn_rows<A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
+  const Bounds bounds = learn_rows<WholeBlock, A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
   const TileRanges<2> tiles = bounds.tiles(N);
   const Rows<T> k(problem.k, sequence.first_key, head), v(problem.v, sequence.first_key, head);
 
@@ -225,7 +225,7 @@ __device__ void differentiate_rows(
       differentiate<T, N, EXTRAS>(weights, grads, scores, memory.rows, lane, all, A{1});
       if constexpr (EXTRAS) {
         if (item.column == 0) {
-          tables.template add<T, D, N>(grads, scores, memory.rows, bounds, lane, memory.grads);
+          tables.template add<S::block, N>(grads, scores, memory.rows, bounds, lane, memory.grads);
         }
       }
       add_product<T, D, N, C>(sums, grads, rows_of_k, item.column, memory.scratch);
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backwa
   RECSYS_OPS_DYNAMIC_SHARED(unsigned char, shared);
   const RowsMemory<T, D, tile_of_rows<T, D, EXTRAS>> memory(Arena(shared), at.any(), at.shared_size());
   const Items items(problem.batch.num_heads);
-  Tables<Accumulate<T>> tables(at, memory.histograms);
+  Tables<WholeBlock, Accumulate<T>> tables(at, memory.histograms);
   if constexpr (EXTRAS) {
     tables.clear();
   }
@@ -321,6 +321,9 @@ RowBlocks row_blocks(const Problem& problem) {
 void backward_keys(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_k, const Matrix& grad_v,
     cudaStream_t stream) {
+  if (backward_keys_by_warpgroups(problem, grad_output, grad_k, grad_v, stream)) {
+    return;
+  }
   dispatch_shape(problem, [&](auto* type, auto dim) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int D = dim.value;
@@ -358,6 +361,9 @@ int64_t histogram_count(const Problem& problem) {
 void backward_rows(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_q, void* positions, void* times,
     cudaStream_t stream) {
+  if (backward_rows_by_warpgroups(problem, grad_output, grad_q, positions, times, stream)) {
+    return;
+  }
   dispatch_shape(problem, [&](auto* type, auto dim) {
     using T = std::remove_pointer_t<decltype(type)>;
     using A = Accumulate<T>;

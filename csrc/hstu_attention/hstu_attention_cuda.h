@@ -95,6 +95,20 @@ void forward(const Problem& problem, void* out, cudaStream_t stream);
 // The same where k and v have the rows of q only, and earlier ones are in a cache.
 void cached_forward(const Problem& problem, const Cache& cache, void* out, cudaStream_t stream);
 
+// Asserts what kernels by warpgroups take for granted: a call of the assertion among their products would make
+// those wait for each other.
+void check_batch(const Batch& batch, cudaStream_t stream);
+
+// The same as `forward`, where this GPU has warpgroups that multiply and they suit the problem: else nothing
+// is done, and the answer is false. Likewise below.
+bool forward_by_warpgroups(const Problem& problem, const Matrix& out, cudaStream_t stream);
+bool backward_keys_by_warpgroups(
+    const Problem& problem, const Matrix& grad_output, const Matrix& grad_k, const Matrix& grad_v,
+    cudaStream_t stream);
+bool backward_rows_by_warpgroups(
+    const Problem& problem, const Matrix& grad_output, const Matrix& grad_q, void* positions, void* times,
+    cudaStream_t stream);
+
 // Writes the gradients of k and v.
 void backward_keys(
     const Problem& problem, const Matrix& grad_output, const Matrix& grad_k, const Matrix& grad_v,

@@ -27,27 +27,6 @@ struct ForwardMemory {
         bytes(arena.bytes()) {}
 };
 
-template <class T, int N, bool EXTRAS, class TileScores>
-__device__ void weigh(Sums<T, N>& sums, const TileScores& scores, const Lane& lane, bool all) {
-  using A = Accumulate<T>;
-  unsigned counts, stays;
-  scores.decide(counts, stays, lane, all);
-  scores.add_bias(sums, lane);
-  const A factor = EXTRAS ? static_cast<A>(scores.problem.dropout.factor) : A{1};
-#pragma unroll
-  for (int n = 0; n < N / 8; ++n) {
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const A score = sums[n][c];
-      A weight = score * sigmoid<TileScores::fast>(score);
-      if constexpr (EXTRAS) {
-        weight *= TileScores::is_set(stays, n, c) ? factor : A{0};
-      }
-      sums[n][c] = TileScores::is_set(counts, n, c) ? weight : A{0};
-    }
-  }
-}
-
 // One block's rows; k and v give a sequence's keys and values by their positions.
 template <class T, int D, bool EXTRAS, int N, class Keys, class Values>
 __device__ void attend(
@@ -57,7 +36,7 @@ __device__ void attend(
   using A = Accumulate<T>;
   const Sequence& sequence = item.sequence;
   const Lane lane;
-  const Bounds bounds = learn_rows<A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
+  const Bounds bounds = learn_rows<WholeBlock, A, S::block>(problem, sequence, memory.rows, item.first, EXTRAS);
   const TileRanges<2> tiles = bounds.tiles(N);
 
   const auto fetch = [&](int tile, int stage) {
@@ -180,6 +159,14 @@ __global__ void __launch_bounds__(num_cells + 1)
       cell == num_cells ? num_boundaries : count_boundaries(boundaries, first_of_cell(cell), 0, num_boundaries);
 }
 
+constexpr int checking_threads = 128;
+
+// A thread for each sequence.
+__global__ void __launch_bounds__(checking_threads) hstu_attention_check_kernel(const Batch batch) {
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * checking_threads + threadIdx.x;
+  check_values(number >= batch.num_sequences || values_are_good(batch, number));
+}
+
 Matrix result_of(const Problem& problem, void* out) {
   const int64_t heads = problem.batch.num_heads, columns = problem.v.columns;
   const bool wide = columns * element_size(problem.dtype) % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
@@ -211,8 +198,18 @@ void find_cells(const int64_t* boundaries, int num_buckets, int* cells, cudaStre
   start(stream, hstu_attention_cells_kernel, 1, num_cells + 1, 0, boundaries, num_buckets - 1, cells);
 }
 
+void check_batch(const Batch& batch, cudaStream_t stream) {
+  const int64_t blocks = (batch.num_sequences + checking_threads - 1) / checking_threads;
+  if (blocks > 0) {
+    start(stream, hstu_attention_check_kernel, blocks, checking_threads, 0, batch);
+  }
+}
+
 void forward(const Problem& problem, void* out, cudaStream_t stream) {
   const Matrix result = result_of(problem, out);
+  if (forward_by_warpgroups(problem, result, stream)) {
+    return;
+  }
   start_items(problem, [&](auto* type, auto dim, int64_t items, int64_t blocks, int threads) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto with = [&](auto extras) {

@@ -116,10 +116,10 @@ struct RowFacts {
       : seen(seen), scale(scale), place(place), shift(shift), time(time) {}
 
   // Of one of two tiles of N / 2 rows.
-  __device__ RowFacts of(int stage) const {
-    const int at = stage * (N / 2);
-    return {seen + at, scale + at, place + at, shift + at, time + at};
-  }
+  __device__ RowFacts of(int stage) const { return from(stage * (N / 2)); }
+
+  // Those from row i on.
+  __device__ RowFacts from(int i) const { return {seen + i, scale + i, place + i, shift + i, time + i}; }
 
   // Of a row of a sequence, which may be past its end; returns whom it sees.
   __device__ Seen learn(const Problem& problem, const Sequence& sequence, int i, int row, bool extras) const {
@@ -302,5 +302,27 @@ struct Scores {
     stays = EXTRAS && problem.dropout.seed ? which_stay(lane) : ~0u;
   }
 };
+
+// Products become what rows of v are multiplied by; `all` tells that every row sees every key.
+template <class T, int N, bool EXTRAS, class TileScores>
+__device__ void weigh(Sums<T, N>& sums, const TileScores& scores, const Lane& lane, bool all) {
+  using A = Accumulate<T>;
+  unsigned counts, stays;
+  scores.decide(counts, stays, lane, all);
+  scores.add_bias(sums, lane);
+  const A factor = EXTRAS ? static_cast<A>(scores.problem.dropout.factor) : A{1};
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const A score = sums[n][c];
+      A weight = score * sigmoid<TileScores::fast>(score);
+      if constexpr (EXTRAS) {
+        weight *= TileScores::is_set(stays, n, c) ? factor : A{0};
+      }
+      sums[n][c] = TileScores::is_set(counts, n, c) ? weight : A{0};
+    }
+  }
+}
 
 }  // namespace recsys_ops::hstu_attention::cuda

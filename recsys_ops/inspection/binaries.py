@@ -83,6 +83,8 @@ def read_cubin(target: str, cubin: Path, near: Path | None = None) -> dict[str, 
             if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)
         ]
         code = "\n".join(sass)
+        if set(re.findall(r"\*/\s+(?:@!?U?P\w+ )?(\w+)", code)) <= _NOTHING:
+            continue  # a kernel for other GPUs
         kernels[name] = CompiledKernel(
             target,
             _threads(sections[f".nv.info.{name}"]),
@@ -151,6 +153,9 @@ def _threads(info: str) -> int:
     """Of a block at most: what the kernel's launch bounds say, or what every block may have."""
     found = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\n(?:.*\n){5}((?:.*\.word.*\n){3})", info)
     return prod(int(word, 16) for word in re.findall(r"\.word\s+(0x\w+)", found[1])) if found else 1024
+
+
+_NOTHING = {"MOV", "LDC", "EXIT", "BRA", "NOP"}
 
 
 def _code_bytes(sass: list[str]) -> int:

@@ -56,7 +56,7 @@ def build(
     csrc: Path = ROOT / "csrc",
 ) -> Path:
     """A shared library of these sources and the engine; made once for the same contents."""
-    engine = [HERE / "engine.cpp"]
+    engine = [HERE / "engine.cpp", HERE / "tiles_on_cpu.cpp"]
     engine += [HERE / "races.cpp"] if sanitizer == "races" else []
     engine += [HERE / "torch_on_cpu.cpp"] if with_torch else []
     headers = [path for folder in (HERE, csrc) for path in (*folder.rglob("*.h"), *folder.rglob("*.cuh"))]

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -33,9 +34,9 @@ using Place = void*[5];
 [[gnu::noinline]] void jump_to(Place& place) { __builtin_longjmp(place, 1); }
 
 constexpr size_t stack_bytes = 256 * 1024;
-constexpr unsigned warp_lanes = 32;
+constexpr unsigned warp_lanes = 32, warpgroup_threads = 128;
 
-enum class State { ready, at_warp_operation, at_barrier, ended };
+enum class State { ready, at_warp_operation, at_barrier, suspended, ended };
 
 struct Fiber {
   void* stack = nullptr;
@@ -49,6 +50,9 @@ struct Fiber {
   uint64_t value = 0;
   Exchange got = {};
   std::deque<std::vector<Copy>> copies = {{}};  // the last batch is open
+  std::deque<std::vector<Product>> products = {{}};
+  bool may_multiply = false;
+  unsigned multiplied = 0;
 
   unsigned lane() const { return number % warp_lanes; }
 };
@@ -58,6 +62,7 @@ struct Block {
   std::vector<Fiber*> ready;
   unsigned at_barrier = 0, ended = 0;
   int yes = 0, voted = 0;
+  std::map<int, std::vector<unsigned>> synchronizing;  // threads by the number of their barrier
 };
 
 std::mt19937_64 order([] {
@@ -71,7 +76,9 @@ const std::function<void()>* body = nullptr;
 std::unique_ptr<char[]> shared;
 std::string failure;
 Observer nobody;
-Observer* observer = &nobody;
+Observer* observing = &nobody;
+size_t shared_size = 0;
+std::string (*check_at_end)() = nullptr;
 
 Place scheduler;
 ucontext_t scheduler_context;
@@ -183,7 +190,7 @@ void complete_warp_operation(Fiber& fiber) {
   }
   // Shuffles and votes order no accesses to memory.
   if (std::strcmp(fiber.site.operation, "__syncwarp") == 0) {
-    observer->warp_synchronizes(first, got.present);
+    observing->warp_synchronizes(first, got.present);
   }
 }
 
@@ -207,7 +214,7 @@ void complete_barrier() {
   for (Fiber& fiber : block.fibers) {
     make_ready(fiber);
   }
-  observer->block_synchronizes();
+  observing->block_synchronizes();
 }
 
 void* new_stack() {
@@ -245,18 +252,20 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
   }
   here.block = unravel(number, here.grid_dim);
   shared.reset(new char[shared_bytes]);
+  shared_size = shared_bytes;
   scramble(shared.get(), shared_bytes);
-  observer->block_begins(number);
-  observer->shared_memory_is(shared.get(), shared_bytes);
+  observing->block_begins(number);
+  observing->shared_memory_is(shared.get(), shared_bytes);
   if (__start_cuda_shared) {
     const size_t bytes = __stop_cuda_shared - __start_cuda_shared;
     scramble(__start_cuda_shared, bytes);
-    observer->shared_memory_is(__start_cuda_shared, bytes);
+    observing->shared_memory_is(__start_cuda_shared, bytes);
   }
   block.fibers.assign(threads, {});
   block.ready.clear();
   block.at_barrier = block.ended = 0;
   block.yes = 0;
+  block.synchronizing.clear();
   for (unsigned i = 0; i < threads; ++i) {
     block.fibers[i].number = i;
     block.fibers[i].stack = stacks[i];
@@ -269,7 +278,7 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
     block.ready.pop_back();
     enter(fiber);
     if (!failure.empty()) {
-      return;
+      break;
     }
     if (fiber.state == State::ended) {
       ++block.ended;
@@ -296,11 +305,23 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
           others = ", " + words(other);
         }
       }
-      failure = "divergent " + std::string(fiber.state == State::at_barrier ? "barrier" : "warp operation") + ": " +
-                words(fiber) + others;
+      const bool waits = fiber.state == State::suspended;
+      failure = waits ? "a wait without end: " : "divergent ";
+      failure += waits ? "" : fiber.state == State::at_barrier ? "barrier: " : "warp operation: ";
+      failure += words(fiber) + others;
     }
   }
-  observer->block_ends();
+  for (const Fiber& fiber : block.fibers) {
+    const Fiber& first = block.fibers[fiber.number / warpgroup_threads * warpgroup_threads];
+    if (failure.empty() && fiber.multiplied != first.multiplied) {
+      failure = "products that not all of a warpgroup take part in: " + words(fiber) + ", " + words(first);
+    }
+  }
+  if (check_at_end) {
+    const std::string found = check_at_end();
+    failure = failure.empty() ? found : failure;
+  }
+  observing->block_ends();
 }
 
 }  // namespace
@@ -308,6 +329,7 @@ void run_block(uint64_t number, unsigned threads, size_t shared_bytes) {
 unsigned thread_number() { return current->number; }
 unsigned lane() { return current->lane(); }
 void* dynamic_shared() { return shared.get(); }
+size_t dynamic_shared_bytes() { return shared_size; }
 
 void copy_later(const Copy& copy) { current->copies.back().push_back(copy); }
 void commit_copies() { current->copies.emplace_back(); }
@@ -320,12 +342,61 @@ void wait_for_copies(size_t still_on_their_way, void (*perform)(Copy)) {
   }
 }
 
+void suspend(const Site& site) {
+  current->site = site;
+  current->state = State::suspended;
+  yield();
+}
+
+void resume(unsigned thread) { make_ready(block.fibers[thread]); }
+
+void synchronize(int number, int threads) {
+  std::vector<unsigned>& waiting = block.synchronizing[number];
+  waiting.push_back(current->number);
+  if (waiting.size() < static_cast<size_t>(threads)) {
+    suspend({"bar.sync", "number ", number});
+    return;
+  }
+  observing->threads_synchronize(waiting);
+  for (unsigned thread : waiting) {
+    if (thread != current->number) {
+      resume(thread);
+    }
+  }
+  waiting.clear();
+}
+
+void begin_products() { current->may_multiply = true; }
+
+void multiply_later(const Product& product) {
+  if (!current->may_multiply) {
+    fail("a product without wgmma.fence after registers were waited for");
+  }
+  ++current->multiplied;
+  current->products.back().push_back(product);
+}
+
+void commit_products() { current->products.emplace_back(); }
+
+void wait_for_products(size_t batches_on_their_way) {
+  while (current->products.size() > batches_on_their_way + 1) {
+    for (const Product& product : current->products.front()) {
+      product.make(product);
+    }
+    current->products.pop_front();
+  }
+  current->may_multiply = false;
+}
+
+void at_end_of_block(std::string (*check)()) { check_at_end = check; }
+
 bool in_kernel(const void* address) {
   return current && (address < current->stack || address >= static_cast<char*>(current->stack) + stack_bytes) &&
          (address < &here || address >= &here + 1);
 }
 
-void observe(Observer* who) { observer = who; }
+void observe(Observer* who) { observing = who; }
+Observer& observer() { return *observing; }
 
 void fail(const std::string& message) {
   std::ostringstream text;
@@ -368,7 +439,7 @@ std::string run(Dim3 grid, Dim3 threads, size_t shared_bytes, const std::functio
   std::vector<uint64_t> blocks(grid.count());
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), order);
-  observer->launch_begins();
+  observing->launch_begins();
   for (uint64_t number : blocks) {
     run_block(number, static_cast<unsigned>(threads.count()), shared_bytes);
     if (!failure.empty()) {

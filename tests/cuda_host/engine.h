@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <vector>
 
 namespace cuda_host {
 
@@ -60,8 +61,32 @@ void commit_copies();
 // By value, so that what is watched reads it on the stack of the fiber, not where the next block may be.
 void wait_for_copies(size_t still_on_their_way, void (*perform)(Copy));
 
+// Holds the fiber that runs until it is resumed by its thread number.
+void suspend(const Site& site);
+void resume(unsigned thread);
+
+// A product of a warpgroup, as far as the fiber that runs takes part in it: made as late as it may.
+struct Product {
+  void (*make)(Product);
+  float (*sums)[4];
+  uint64_t a, b;      // what describes operands in shared memory
+  float left[2][16];  // rows of the first, where it is in registers
+  bool add;
+};
+void begin_products();
+void multiply_later(const Product& product);
+void commit_products();
+void wait_for_products(size_t batches_on_their_way);
+
+// Waits until as many threads are at the barrier of this number.
+void synchronize(int number, int threads);
+
 // Dynamic shared memory of the block that runs.
 void* dynamic_shared();
+size_t dynamic_shared_bytes();
+
+// Called when a block has ended, for what is wrong then, or an empty string.
+void at_end_of_block(std::string (*check)());
 
 // Runs a kernel; returns what ended it, or an empty string.
 std::string run(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
@@ -77,8 +102,19 @@ struct Observer {
   virtual void block_ends() {}
   virtual void warp_synchronizes(unsigned, unsigned) {}  // its first thread, the lanes that take part
   virtual void block_synchronizes() {}
+  virtual void threads_synchronize(const std::vector<unsigned>&) {}
+  // A barrier in shared memory takes on what the thread that runs knows, and lets it know.
+  virtual void arrives(const void*) {}
+  virtual void leaves(const void*) {}
+  // Copies and products that go past the threads' own view of memory.
+  virtual void fences_tiles() {}
+  virtual size_t tile_departs() { return 0; }  // a number for what the thread that runs knows
+  virtual void tile_accesses(size_t, const void*, size_t, bool) {}
+  virtual void tile_lands(size_t, const void*) {}  // at a barrier
+  virtual void product_reads(const void*, size_t) {}
   virtual ~Observer() = default;
 };
 void observe(Observer* observer);
+Observer& observer();
 
 }  // namespace cuda_host

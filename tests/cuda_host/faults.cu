@@ -6,9 +6,10 @@
 #include <cstdint>
 #include <string>
 
-#include "common/cuda/matrix.cuh"
 #include "common/cuda/group.cuh"
+#include "common/cuda/matrix.cuh"
 #include "common/cuda/shared.cuh"
+#include "common/cuda/warpgroup.cuh"
 
 namespace {
 
@@ -125,6 +126,91 @@ __global__ void product_kernel(const uint16_t* a, const uint16_t* b, float* c, i
   }
 }
 
+// Of a [64, 64] and b [32, 64], tiles of tensors: products [64, 32] = a b^T, and, with its columns rounded to
+// T, sums [64, 64] = products b.
+enum Tiles {
+  no_tiles_fault,
+  tiles_not_waited_for,
+  tiles_nobody_waits_for,
+  no_fence_before_products,
+  products_not_waited_for,
+  a_warp_without_products,
+  no_fence_after_writing,
+  too_many_arrivals,
+  no_barrier_begun,
+  too_few_bytes,
+};
+
+template <class T>
+__global__ void tiles_kernel(
+    const __grid_constant__ CUtensorMap of_a, const __grid_constant__ CUtensorMap of_b, float* products, float* sums,
+    int fault) {
+  if constexpr (recsys_ops::cuda::has_warpgroups) {
+    using recsys_ops::cuda::Operand;
+    RECSYS_OPS_DYNAMIC_SHARED(T, a);
+    T* b = a + 64 * 64;
+    auto* barrier = reinterpret_cast<recsys_ops::cuda::SharedBarrier*>(b + 32 * 64);
+    if (threadIdx.x == 0) {
+      if (fault != no_barrier_begun) {
+        barrier->begin(1);
+      }
+      recsys_ops::cuda::fence_new_barriers();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      barrier->arrive_and_expect((fault == too_few_bytes ? 64 : 64 + 32) * 128);
+      barrier->fetch(a, of_a, 0, 0, 0);
+      barrier->fetch(b, of_b, 0, 0, 0);
+      if (fault == too_many_arrivals) {
+        barrier->arrive();
+      }
+    }
+    if (fault == tiles_nobody_waits_for) {
+      return;
+    }
+    if (fault != tiles_not_waited_for) {
+      barrier->wait(0);
+    }
+    if (fault == no_fence_after_writing) {
+      const_cast<volatile uint16_t&>(a[threadIdx.x].bits) = a[threadIdx.x].bits;
+      __syncthreads();
+    }
+    float found[4][4], added[8][4] = {};
+    if (fault != no_fence_before_products) {
+      recsys_ops::cuda::begin_products();
+    }
+    const bool takes_part = fault != a_warp_without_products || threadIdx.x >= 32;
+    for (int d = 0; takes_part && d < 64; d += 16) {
+      recsys_ops::cuda::multiply_rows_of_tiles<T, 32>(found, Operand::of_rows(a, d), Operand::of_rows(b, d), d > 0);
+    }
+    recsys_ops::cuda::commit_products();
+    if (fault != products_not_waited_for) {
+      recsys_ops::cuda::wait_for_all_products_but<0>();
+    }
+    recsys_ops::cuda::settle(found);
+    recsys_ops::cuda::begin_products();
+    for (int n = 0; n < 2; ++n) {
+      unsigned left[4];
+      for (int i = 0; i < 4; ++i) {
+        left[i] = recsys_ops::cuda::pair_of<T>(found[2 * n + i / 2][i % 2 * 2], found[2 * n + i / 2][i % 2 * 2 + 1]);
+      }
+      recsys_ops::cuda::multiply_columns_of_tiles<T, 64>(added, left, Operand::of_columns(b, 0).past(n * 16 * 128));
+    }
+    recsys_ops::cuda::commit_products();
+    recsys_ops::cuda::wait_for_all_products_but<0>();
+    recsys_ops::cuda::settle(added);
+    const int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    for (int c = 0; c < 4; ++c) {
+      for (int n = 0; n < 8; ++n) {
+        sums[(row + c / 2 * 8) * 64 + n * 8 + column + c % 2] = added[n][c];
+        if (n < 4) {
+          products[(row + c / 2 * 8) * 32 + n * 8 + column + c % 2] = found[n][c];
+        }
+      }
+    }
+  }
+}
+
 std::string ended;
 
 template <class... Parameters, class... Arguments>
@@ -158,4 +244,22 @@ EXPORTED const char* half_product(const uint16_t* a, const uint16_t* b, float* c
 }
 EXPORTED const char* bfloat16_product(const uint16_t* a, const uint16_t* b, float* c, int fault) {
   return start(1, 32, 0, product_kernel<recsys_ops::BFloat16>, a, b, c, fault);
+}
+
+template <class T>
+const char* start_tiles(const uint16_t* a, const uint16_t* b, float* products, float* sums, int fault) {
+  // What is outside of a tensor comes as zeros: a has 50 columns, of rows of 64, and b 20 rows.
+  CUtensorMap of_a, of_b;
+  constexpr bool is_bfloat16 = std::is_same_v<T, recsys_ops::BFloat16>;
+  if (!recsys_ops::cuda::describe_tiles(of_a, a, is_bfloat16, 64, 1, 50, 128, 128, 64) ||
+      !recsys_ops::cuda::describe_tiles(of_b, b, is_bfloat16, 20, 1, 64, 128, 128, 32)) {
+    return "not described";
+  }
+  return start(1, 128, (64 + 32) * 128 + 8, tiles_kernel<T>, of_a, of_b, products, sums, fault);
+}
+EXPORTED const char* half_tiles(const uint16_t* a, const uint16_t* b, float* products, float* sums, int fault) {
+  return start_tiles<recsys_ops::Half>(a, b, products, sums, fault);
+}
+EXPORTED const char* bfloat16_tiles(const uint16_t* a, const uint16_t* b, float* products, float* sums, int fault) {
+  return start_tiles<recsys_ops::BFloat16>(a, b, products, sums, fault);
 }

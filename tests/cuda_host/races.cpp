@@ -24,9 +24,15 @@ struct Access {
   uint64_t block = 0;
   unsigned thread = 0;
   unsigned barriers = 0;  // of the block so far
-  unsigned time = 0;      // of the thread, which every barrier of its warp advances
+  unsigned time = 0;      // of the thread, which every barrier that is not the block's advances
   bool any = false;
+  bool by_thread = true;  // not by what copies tiles
 };
+
+// What a thread knows of the times of each thread, its own being ahead of that.
+using Times = std::vector<unsigned>;
+
+constexpr unsigned most_threads = 1024;
 
 struct Byte {
   Access write, read, earlier_read;  // the reads are by different threads
@@ -47,9 +53,13 @@ class Watcher : public Observer {
     ++run;
     barriers = 0;
     shared.clear();
-    for (unsigned thread = 0; thread < times.size(); ++thread) {
-      times[thread].fill(0);
-      times[thread][thread % warp_lanes] = 1;
+    departures.clear();
+    at_barriers.clear();
+    threads = static_cast<unsigned>(here.block_dim.count());
+    fenced.assign(threads, 0);
+    for (unsigned thread = 0; thread < threads; ++thread) {
+      times[thread].assign(threads, 0);
+      times[thread][thread] = 1;
     }
   }
 
@@ -69,16 +79,66 @@ class Watcher : public Observer {
   void block_synchronizes() override { ++barriers; }
 
   void warp_synchronizes(unsigned first, unsigned lanes) override {
-    std::array<unsigned, warp_lanes> latest = {};
-    for_lanes(lanes, [&](unsigned lane) {
-      for (unsigned other = 0; other < warp_lanes; ++other) {
-        latest[other] = std::max(latest[other], times[first + lane][other]);
+    std::vector<unsigned> together;
+    for (unsigned lane = 0; lane < warp_lanes; ++lane) {
+      if (lanes >> lane & 1) {
+        together.push_back(first + lane);
       }
-    });
-    for_lanes(lanes, [&](unsigned lane) {
-      times[first + lane] = latest;
-      ++times[first + lane][lane];
-    });
+    }
+    threads_synchronize(together);
+  }
+
+  void threads_synchronize(const std::vector<unsigned>& together) override {
+    Times latest(threads, 0);
+    for (unsigned thread : together) {
+      learn(latest, times[thread]);
+    }
+    for (unsigned thread : together) {
+      times[thread] = latest;
+      ++times[thread][thread];
+    }
+  }
+
+  void arrives(const void* barrier) override {
+    Times& known = at_barriers.try_emplace(barrier, threads, 0).first->second;
+    Times& own = times[thread_number()];
+    learn(known, own);
+    ++own[thread_number()];
+  }
+
+  void leaves(const void* barrier) override {
+    const auto known = at_barriers.find(barrier);
+    if (known != at_barriers.end()) {
+      learn(times[thread_number()], known->second);
+    }
+  }
+
+  void fences_tiles() override {
+    unsigned& time = times[thread_number()][thread_number()];
+    fenced[thread_number()] = time++;
+  }
+
+  size_t tile_departs() override {
+    const unsigned thread = thread_number();
+    departures.push_back({{block, thread, barriers, times[thread][thread], true, false}, times[thread]});
+    ++times[thread][thread];
+    return departures.size() - 1;
+  }
+
+  void tile_lands(size_t departure, const void* barrier) override {
+    learn(at_barriers.at(barrier), departures[departure].second);
+  }
+
+  void tile_accesses(size_t departure, const void* address, size_t bytes, bool writes) override {
+    const auto& [now, known] = departures[departure];
+    check(address, bytes, writes, now, known, nullptr);
+  }
+
+  void product_reads(const void* address, size_t bytes) override {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
+    for (uintptr_t at = begin; at < begin + bytes; ++at) {
+      check_fence(byte(at).write, nullptr);
+    }
   }
 
   void access(const void* address, size_t bytes, bool writes, const void* caller) {
@@ -86,19 +146,30 @@ class Watcher : public Observer {
       return;
     }
     const unsigned thread = thread_number();
-    const Access now = {block, thread, barriers, times[thread][thread % warp_lanes], true};
+    check(address, bytes, writes, {block, thread, barriers, times[thread][thread], true}, times[thread], caller);
+  }
+
+  // Bytes of global memory that launches have read and written, each once for a launch.
+  uint64_t read = 0, written = 0;
+
+ private:
+  void check(
+      const void* address, size_t bytes, bool writes, const Access& now, const Times& known, const void* caller) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(address);
     const bool is_global = !is_shared(begin);
     for (uintptr_t at = begin; at < begin + bytes; ++at) {
       Byte& memory = byte(at);
-      if (!is_before(memory.write, now)) {
+      if (!is_before(memory.write, now, known)) {
         end(writes ? "writes" : "reads", "was written", memory.write, at, caller);
       }
       if (writes) {
         for (const Access& read : {memory.read, memory.earlier_read}) {
-          if (!is_before(read, now)) {
+          if (!is_before(read, now, known)) {
             end("writes", "was read", read, at, caller);
           }
+        }
+        if (!now.by_thread) {
+          check_fence(memory.write, caller);
         }
         written += is_global && !memory.write.any;
         memory.write = now;
@@ -108,7 +179,7 @@ class Watcher : public Observer {
         if (memory.written_in != run && !is_global) {
           fail("read of shared memory that nobody wrote" + place(caller));
         }
-        if (memory.read.thread != thread || memory.read.block != block) {
+        if (memory.read.thread != now.thread || memory.read.block != block) {
           memory.earlier_read = memory.read;
         }
         memory.read = now;
@@ -116,16 +187,26 @@ class Watcher : public Observer {
     }
   }
 
-  // Bytes of global memory that launches have read and written, each once for a launch.
-  uint64_t read = 0, written = 0;
-
- private:
-  bool is_before(const Access& then, const Access& now) const {
+  bool is_before(const Access& then, const Access& now, const Times& known) const {
     if (!then.any || (then.block == now.block && (then.thread == now.thread || then.barriers < now.barriers))) {
       return true;
     }
-    return then.block == now.block && then.thread / warp_lanes == now.thread / warp_lanes &&
-           then.time <= times[now.thread][then.thread % warp_lanes];
+    return then.block == now.block && then.time <= known[then.thread];
+  }
+
+  // Tiles see what threads wrote only after their fence.
+  void check_fence(const Access& write, const void* caller) const {
+    if (write.any && write.by_thread && write.block == block && write.time > fenced[write.thread]) {
+      fail(
+          "a tile where thread " + std::to_string(write.thread) + " wrote with no fence.proxy.async after it" +
+          place(caller));
+    }
+  }
+
+  static void learn(Times& known, const Times& other) {
+    for (size_t i = 0; i < known.size(); ++i) {
+      known[i] = std::max(known[i], other[i]);
+    }
   }
 
   bool is_shared(uintptr_t at) const {
@@ -152,15 +233,6 @@ class Watcher : public Observer {
     return text.str();
   }
 
-  template <class F>
-  static void for_lanes(unsigned lanes, const F& f) {
-    for (unsigned lane = 0; lane < warp_lanes; ++lane) {
-      if (lanes >> lane & 1) {
-        f(lane);
-      }
-    }
-  }
-
   Byte& byte(uintptr_t at) {
     if (at / page_bytes != last_number || !last_page) {
       std::unique_ptr<Page>& page = pages[at / page_bytes];
@@ -177,8 +249,11 @@ class Watcher : public Observer {
   uintptr_t last_number = 0;
   Page* last_page = nullptr;
   std::vector<std::pair<uintptr_t, uintptr_t>> shared;
-  // What each thread knows of the times of the lanes of its warp, its own being ahead of that.
-  std::vector<std::array<unsigned, warp_lanes>> times = std::vector<std::array<unsigned, warp_lanes>>(1024);
+  unsigned threads = 0;  // of the block
+  std::vector<Times> times = std::vector<Times>(most_threads);
+  std::vector<unsigned> fenced;  // the time of each thread at its last fence
+  std::vector<std::pair<Access, Times>> departures;
+  std::unordered_map<const void*, Times> at_barriers;  // in shared memory
   uint64_t block = 0, run = 0;
   unsigned barriers = 0;
 };
@@ -214,6 +289,7 @@ extern "C" {
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
+unsigned char __tsan_atomic8_load(const volatile unsigned char* from, int) { return *from; }  // of local statics
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 void __tsan_read_range(void* address, uint64_t bytes) {

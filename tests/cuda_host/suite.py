@@ -38,12 +38,13 @@ def run_suite(
 
 
 def outcomes_of(operator: str, defines: dict[str, tuple[str, ...]], folder: Path) -> Outcomes:
-    """``outcomes(sanitizer, extent)`` of all checks, built with the sanitizer's definitions."""
+    """``outcomes(build, extent)`` of all checks, of builds whose names begin with their sanitizers'."""
 
     @functools.cache
-    def outcomes(sanitizer: str, extent: str) -> dict[str, Any]:
-        results = folder / f"{sanitizer}-{extent}.json"
-        library = build_operator(operator, sanitizer, defines[sanitizer])
+    def outcomes(name: str, extent: str) -> dict[str, Any]:
+        results = folder / f"{name}-{extent}.json"
+        sanitizer = name.split()[0]
+        library = build_operator(operator, sanitizer, defines[name])
         done = run_suite(operator, library, sanitizer, results, extent, *CHECKED)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         found: dict[str, Any] = json.loads(results.read_text())
@@ -63,8 +64,13 @@ class Fault(NamedTuple):
     file: str
     right: str
     wrong: str
-    sanitizer: str
+    build: str
     message: str
+    check: str = "forward_backward"
+
+    @property
+    def sanitizer(self) -> str:
+        return self.build.split()[0]
 
 
 def what_is_said_of(operator: str, fault: Fault, defines: tuple[str, ...], folder: Path) -> str:
@@ -77,8 +83,8 @@ def what_is_said_of(operator: str, fault: Fault, defines: tuple[str, ...], folde
     library = build_operator(operator, fault.sanitizer, defines, csrc)
     try:
         results = folder / "results.json"
-        done = run_suite(operator, library, fault.sanitizer, results, "quick", "forward_backward")
-        failures = json.loads(results.read_text())["forward_backward"]["failures"] if results.exists() else []
+        done = run_suite(operator, library, fault.sanitizer, results, "quick", fault.check)
+        failures = json.loads(results.read_text())[fault.check]["failures"] if results.exists() else []
         return "\n".join([*failures, done.stdout, done.stderr])
     finally:
         library.unlink()

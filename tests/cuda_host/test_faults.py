@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host.build import COMPILER, HERE, build, environment
+from cuda_host.build import COMPILER, HERE, ROOT, build, environment
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"needs {COMPILER}")
 
@@ -62,7 +62,8 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def libraries() -> dict[str, Path]:
-    return {name: build([HERE / "faults.cu"], name, with_torch=False) for name in ("address", "races")}
+    sources = [HERE / "faults.cu", ROOT / "csrc" / "common" / "cuda" / "tensor_tiles.cu"]
+    return {name: build(sources, name, with_torch=False) for name in ("address", "races")}
 
 
 def call(library: Path, sanitizer: str, kernel: str, fault: int, seed: int = 1) -> str:
@@ -102,6 +103,52 @@ def test_product_of_matrices(libraries: dict[str, Path], dtype: str) -> None:
     assert product(*pointers, 0) == b""
     torch.testing.assert_close(c, a.float() @ b.float().T)
     assert b"mma.sync by a warp that is not whole" in product(*pointers, 1)
+
+
+# Number of the fault in faults.cu, and what is said.
+TILES = [
+    (1, "nobody wrote|race: "),
+    (2, "tiles were fetched that nobody waited for"),
+    (3, "a product without wgmma.fence"),
+    (5, "products that not all of a warpgroup take part in"),
+    (6, "wrote with no fence.proxy.async after it"),
+    (7, "more threads arrive"),
+    (8, "a barrier in shared memory that nobody began"),
+    (9, "a wait without end: thread .* is at mbarrier.try_wait"),
+]
+
+
+def multiply_tiles(library: Path, dtype: str, fault: int) -> tuple[str, torch.Tensor, torch.Tensor, bool]:
+    """What is said, what comes out of the products of warpgroups, and whether both are right."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 64, generator=generator).to(getattr(torch, dtype)) for n in (64, 32))
+    products, sums = torch.full((64, 32), torch.nan), torch.full((64, 64), torch.nan)
+    multiply = getattr(ctypes.CDLL(str(library)), f"{dtype}_tiles")
+    multiply.restype = ctypes.c_char_p
+    said = multiply(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, products, sums)), fault).decode()
+    a, b = a.float(), b.float()
+    a[:, 50:], b[20:] = 0, 0
+    expected = a @ b.T
+    rounded = expected.to(getattr(torch, dtype)).float()
+    right = torch.allclose(products, expected, atol=1e-4) and torch.allclose(sums, rounded @ b, atol=1e-1)
+    return said, products, sums, right
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_products_of_warpgroups(libraries: dict[str, Path], dtype: str) -> None:
+    said, products, sums, right = multiply_tiles(libraries["races"], dtype, 0)
+    assert said == ""
+    assert right, (products, sums)
+
+
+@pytest.mark.parametrize(("fault", "message"), TILES)
+def test_fault_of_tiles_is_found(libraries: dict[str, Path], fault: int, message: str) -> None:
+    assert re.search(message, multiply_tiles(libraries["races"], "half", fault)[0])
+
+
+def test_products_that_are_not_waited_for_are_not_there(libraries: dict[str, Path]) -> None:
+    *_, right = multiply_tiles(libraries["races"], "half", 4)
+    assert not right
 
 
 def test_order_of_blocks_is_random(libraries: dict[str, Path]) -> None:

@@ -205,6 +205,5 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
-    sanitizer = FAULTS[fault].sanitizer
-    said = what_is_said_of(OP, FAULTS[fault], DEFINES[sanitizer], tmp_path)
+    said = what_is_said_of(OP, FAULTS[fault], DEFINES[FAULTS[fault].build], tmp_path)
     assert re.search(FAULTS[fault].message, said, re.DOTALL), said[-3000:]

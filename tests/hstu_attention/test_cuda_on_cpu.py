@@ -28,7 +28,14 @@ SMALL = (
     "RECSYS_OPS_ATTENTION_TILE=16",
     "RECSYS_OPS_ATTENTION_HISTOGRAM_BYTES=400",
 )
-DEFINES: dict[str, tuple[str, ...]] = {"address": (), "races": SMALL}
+# Warpgroups as on sm_90a, also where rows are so short that others are faster.
+WARPGROUPS = ("RECSYS_OPS_SM90A", "RECSYS_OPS_ATTENTION_WARPGROUP_COLUMNS=1")
+DEFINES: dict[str, tuple[str, ...]] = {
+    "address": (),
+    "races": SMALL,
+    "address warpgroups": WARPGROUPS,
+    "races warpgroups": (*WARPGROUPS, *SMALL, "RECSYS_OPS_ATTENTION_WARPGROUP_TILE=16"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +44,16 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 
 @pytest.mark.parametrize("check", CHECKED)
-@pytest.mark.parametrize("sanitizer", DEFINES)
-def test_contract(suite: Outcomes, sanitizer: str, check: str) -> None:
-    check_outcome(suite(sanitizer, "quick")[check])
+@pytest.mark.parametrize("build", DEFINES)
+def test_contract(suite: Outcomes, build: str, check: str) -> None:
+    check_outcome(suite(build, "quick")[check])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("sanitizer", DEFINES)
-def test_whole_contract(suite: Outcomes, sanitizer: str, part: str) -> None:
-    for outcome in suite(sanitizer, part).values():
+@pytest.mark.parametrize("build", DEFINES)
+def test_whole_contract(suite: Outcomes, build: str, part: str) -> None:
+    for outcome in suite(build, part).values():
         check_outcome(outcome)
 
 
@@ -93,10 +100,60 @@ FAULTS = {
     ),
     "distances with two owners": Fault(
         f"{OP}/histograms.cuh",
-        "static_cast<int>(threadIdx.x);\n",
-        "static_cast<int>(threadIdx.x) / 2;\n",
+        "+ Team::index();\n",
+        "+ Team::index() / 2;\n",
         "races",
         "race: ",
+    ),
+    "a tile that is overwritten while warpgroups multiply it": Fault(
+        f"{OP}/warpgroups.cuh",
+        "arrivals.empty[stage].wait(turns.parity() ^ 1);",
+        "",
+        "races warpgroups",
+        "race: |more threads arrive",
+    ),
+    "a tile that warpgroups multiply before it has arrived": Fault(
+        f"{OP}/{OP}_forward_warpgroups.cu",
+        "memory.arrivals.full[stage].wait(turns.parity());",
+        "",
+        "races warpgroups",
+        "race: |nobody wrote|nobody waited",
+    ),
+    "a tile given back before its values were multiplied": Fault(
+        f"{OP}/{OP}_forward_warpgroups.cu",
+        "recsys_ops::cuda::wait_for_all_products_but<1>();",
+        "recsys_ops::cuda::wait_for_all_products_but<2>();",
+        "races warpgroups",
+        "race: ",
+    ),
+    "zeros that tiles are multiplied without": Fault(
+        f"{OP}/warpgroups.cuh",
+        "        recsys_ops::cuda::fence_tiles();\n        __syncwarp",
+        "        __syncwarp",
+        "races warpgroups",
+        "no fence.proxy.async",
+    ),
+    "the next sequence's rows in a sequence's last tile": Fault(
+        f"{OP}/warpgroups.cuh",
+        "second.of(stage).clear(left);",
+        "",
+        "address warpgroups",
+        r"isolation \[",
+        "isolation",
+    ),
+    "a table that learns from the next sequence's rows": Fault(
+        f"{OP}/{OP}_backward_warpgroups.cu",
+        "item.first + block_of_warpgroups <= sequence.rows && ",
+        "",
+        "address warpgroups",
+        f"{WRONG}.*gradient of",
+    ),
+    "rows of the other warpgroup": Fault(
+        f"{OP}/{OP}_backward_warpgroups.cu",
+        "lane.warp / 4 * warpgroup_rows",
+        "0",
+        "address warpgroups",
+        WRONG,
     ),
 }
 
@@ -104,6 +161,5 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_found(tmp_path: Path, fault: str) -> None:
-    sanitizer = FAULTS[fault].sanitizer
-    said = what_is_said_of(OP, FAULTS[fault], DEFINES[sanitizer], tmp_path)
+    said = what_is_said_of(OP, FAULTS[fault], DEFINES[FAULTS[fault].build], tmp_path)
     assert re.search(FAULTS[fault].message, said, re.DOTALL), said[-3000:]
