@@ -5,18 +5,6 @@
 
 namespace recsys_ops::hstu_attention::cuda {
 
-// Of a score, and of what its gradient is multiplied by.
-template <class A>
-struct Activation {
-  A weight, slope;
-};
-
-template <bool FAST, class A>
-__device__ Activation<A> activate(A score) {
-  const A share = sigmoid<FAST>(score);
-  return {score * share, share * (A{1} + score * (A{1} - share))};
-}
-
 template <class T>
 __device__ Accumulate<T> rounded(Accumulate<T> value) {
   T narrow;
@@ -74,11 +62,14 @@ __device__ void differentiate(
   const A scale = static_cast<A>(scores.problem.scale);
 #pragma unroll
   for (int n = 0; n < N / 8; ++n) {
+    A shares[4] = {weights[n][0], weights[n][1], weights[n][2], weights[n][3]};
+    sigmoids<TileScores::fast>(shares[0], shares[1]);
+    sigmoids<TileScores::fast>(shares[2], shares[3]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const Activation<A> at = activate<TileScores::fast>(weights[n][c]);
+      const A score = weights[n][c], slope = shares[c] * (A{1} + score * (A{1} - shares[c]));
       const A of_row = EXTRAS ? rows.scale[TileScores::row_of(lane, n, c)] : A{1};
-      A weight = at.weight, grad = grads[n][c] * (of_row * scale) * at.slope;
+      A weight = score * shares[c], grad = grads[n][c] * (of_row * scale) * slope;
       if constexpr (EXTRAS) {
         const A kept = TileScores::is_set(stays, n, c) ? factor : A{0};
         weight *= kept;

@@ -246,7 +246,7 @@ __device__ void differentiate_rows(
 }
 
 template <class T, int D, bool EXTRAS>
-__global__ void __launch_bounds__(Shape<T, D>::threads, 2) hstu_attention_backward_rows_kernel(
+__global__ void __launch_bounds__(Shape<T, D>::threads, D == 64 && !EXTRAS ? 3 : 2) hstu_attention_backward_rows_kernel(
     const __grid_constant__ Problem problem, const Matrix grad_output, const Matrix grad_q,
     const TablesAt<Accumulate<T>> at, int64_t num_items) {
   using S = Shape<T, D>;

@@ -94,35 +94,14 @@ __global__ void __launch_bounds__(threads_of_warpgroups, 1) hstu_attention_forwa
     const ForwardMemory<T, D, N> memory{Arena(aligned_for_tiles(shared))};
     const Items items(problem.batch.num_heads);
     memory.arrivals.begin();
-    const auto each = [&](const auto& f) {
-      each_item(problem.batch, problem.batch.query_offsets, items, num_items, 1, D, memory.item, [&](const Item& item) {
-        if (item.first < item.sequence.rows) {
-          f(item, learn_rows<AllThreads>(problem, item.sequence, memory.rows, item.first, EXTRAS));
-        }
-      });
-    };
     if (threadIdx.x >= multiplying_threads) {
       share_registers<EXTRAS>(true);
-      Fetcher<T, block_of_warpgroups, N, D> fetcher(memory.arrivals, memory.k, memory.v);
-      each([&](const Item& item, const Bounds& bounds) {
-        if (threadIdx.x >= multiplying_threads + warp_lanes) {
-          return;
-        }
-        const Sequence& sequence = item.sequence;
-        const int head = static_cast<int>(items.head);
-        fetcher.keep(maps, memory.q, nullptr, head, sequence.first_row + item.first);
-        const auto learn = [&](int tile, int stage) {
-          for (int i = threadIdx.x % warp_lanes; EXTRAS && i < N; i += warp_lanes) {
-            memory.keys.of(stage).learn(problem, sequence, i, tile * N + i);
-          }
-        };
-        fetcher.go_through(maps, bounds.tiles(N), head, sequence.first_key, sequence.keys, learn);
-      });
+      fetch_for_rows<T, N, D, EXTRAS>(problem, maps, items, num_items, memory, nullptr);
     } else {
       share_registers<EXTRAS>(false);
       Turns turns;
       unsigned blocks = 0;
-      each([&](const Item& item, const Bounds& bounds) {
+      each_block_of_rows(problem, items, num_items, memory, EXTRAS, [&](const Item& item, const Bounds& bounds) {
         attend<T, D, EXTRAS>(problem, out, item, items.head, memory, bounds, blocks++ % 2, turns);
       });
     }

@@ -10,13 +10,35 @@ namespace recsys_ops::hstu_attention::cuda {
 __device__ inline float exponential(float value) { return expf(value); }
 __device__ inline double exponential(double value) { return exp(value); }
 
-// FAST where the result is rounded to 16 bits.
+#if defined(__CUDACC__)
+// Subnormal results are 0.
+__device__ inline float fast_exp2(float value) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+__device__ inline float fast_reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+#else
+inline float fast_exp2(float value) { return std::exp2(value); }
+inline float fast_reciprocal(float value) { return 1 / value; }
+#endif
+
+// FAST where results are rounded to 16 bits. Two share a reciprocal, since GPUs compute few of these at a time.
 template <bool FAST, class A>
-__device__ A sigmoid(A value) {
+__device__ void sigmoids(A& first, A& second) {
   if constexpr (FAST) {
-    return __fdividef(1.0f, 1.0f + __expf(-value));
+    constexpr float of_two = -1.4426950408889634f, most = 0x1p60f;  // so that their product is finite
+    const float a = 1 + fminf(fast_exp2(first * of_two), most), b = 1 + fminf(fast_exp2(second * of_two), most);
+    const float both = fast_reciprocal(a * b);
+    first = b * both;
+    second = a * both;
   } else {
-    return A{1} / (A{1} + exponential(-value));
+    first = A{1} / (A{1} + exponential(-first));
+    second = A{1} / (A{1} + exponential(-second));
   }
 }
 
@@ -313,10 +335,12 @@ __device__ void weigh(Sums<T, N>& sums, const TileScores& scores, const Lane& la
   const A factor = EXTRAS ? static_cast<A>(scores.problem.dropout.factor) : A{1};
 #pragma unroll
   for (int n = 0; n < N / 8; ++n) {
+    A shares[4] = {sums[n][0], sums[n][1], sums[n][2], sums[n][3]};
+    sigmoids<TileScores::fast>(shares[0], shares[1]);
+    sigmoids<TileScores::fast>(shares[2], shares[3]);
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const A score = sums[n][c];
-      A weight = score * sigmoid<TileScores::fast>(score);
+      A weight = sums[n][c] * shares[c];
       if constexpr (EXTRAS) {
         weight *= TileScores::is_set(stays, n, c) ? factor : A{0};
       }

@@ -262,6 +262,41 @@ class Fetcher {
   unsigned ragged_turn = 0;
 };
 
+// Calls f(item, what its rows see) for each block of rows.
+template <class Memory, class F>
+__device__ void each_block_of_rows(
+    const Problem& problem, const Items& items, int64_t num_items, const Memory& memory, bool extras, const F& f) {
+  const auto with = [&](const Item& item) {
+    if (item.first < item.sequence.rows) {
+      f(item, learn_rows<AllThreads>(problem, item.sequence, memory.rows, item.first, extras));
+    }
+  };
+  each_item(problem.batch, problem.batch.query_offsets, items, num_items, 1, 0, memory.item, with);
+}
+
+// What the warpgroup that fetches does where blocks of rows go through keys and values; `other` are more rows
+// of the blocks, if there are any.
+template <class T, int N, int D, bool EXTRAS, class Memory>
+__device__ void fetch_for_rows(
+    const Problem& problem, const TileMaps& maps, const Items& items, int64_t num_items, const Memory& memory,
+    const Strips<T, block_of_warpgroups, D>* other) {
+  Fetcher<T, block_of_warpgroups, N, D> fetcher(memory.arrivals, memory.k, memory.v);
+  each_block_of_rows(problem, items, num_items, memory, EXTRAS, [&](const Item& item, const Bounds& bounds) {
+    if (threadIdx.x >= multiplying_threads + warp_lanes) {
+      return;
+    }
+    const Sequence& sequence = item.sequence;
+    const int head = static_cast<int>(items.head);
+    fetcher.keep(maps, memory.q, other, head, sequence.first_row + item.first);
+    const auto learn = [&](int tile, int stage) {
+      for (int i = threadIdx.x % warp_lanes; EXTRAS && i < N; i += warp_lanes) {
+        memory.keys.of(stage).learn(problem, sequence, i, tile * N + i);
+      }
+    };
+    fetcher.go_through(maps, bounds.tiles(N), head, sequence.first_key, sequence.keys, learn);
+  });
+}
+
 // A block's shared memory from where tiles may be.
 __device__ inline unsigned char* aligned_for_tiles(unsigned char* shared) {
   constexpr unsigned alignment = recsys_ops::cuda::tile_alignment;

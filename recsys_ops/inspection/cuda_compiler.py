@@ -53,6 +53,8 @@ def compile_source(op: str, source: Path, target: str) -> dict[str, CompiledKern
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"{source.name} does not compile for {target}:\n{done.stderr.strip()}")
+        if "wgmma.mma_async instructions are serialized" in done.stdout + done.stderr:
+            raise RuntimeError(f"{source.name}: products wait for each other:\n{done.stderr.strip()}")
         kernels = read_cubin(target, cubin, nvcc.parent)
     parameters = template_parameters(source.read_text(encoding="utf-8"))
     return {kernel_name(op, mangled, parameters): kernel for mangled, kernel in kernels.items()}

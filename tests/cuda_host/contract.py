@@ -2,12 +2,14 @@
 
     python tests/cuda_host/contract.py LIBRARY OPERATOR RESULTS EXTENT [CHECK ...]
 
-EXTENT is ``quick``, ``all``, or a part of all such as ``3of8``. In a process of its own: a sanitizer ends
+EXTENT is ``quick``, ``all``, or a part of all such as ``3of8``; ``quick:float16,bfloat16`` is in these dtypes
+only, of which quick checks take the first. In a process of its own: a sanitizer ends
 the process where it finds a fault.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -107,8 +109,11 @@ VALUE_CHECKS = {
 
 def run(library: str, operator: str, checks: list[str], extent: str) -> dict[str, Any]:
     """For each check how many examples passed, and the failures."""
+    extent, _, dtypes = extent.partition(":")
     part, _, parts = extent.partition("of")
     spec: OperatorSpec = importlib.import_module(f"recsys_ops.{operator}.cases").SPEC
+    if dtypes:
+        spec = dataclasses.replace(spec, dtypes=tuple(getattr(torch, name) for name in dtypes.split(",")))
     kernels = load_kernels(library, operator)
     register_fakes(kernels, operator)
     outcome: dict[str, Any] = {name: {"passed": 0, "failures": []} for name in checks}

@@ -63,8 +63,6 @@ inline unsigned __float_as_uint(float value) {
 }
 inline int __clzll(long long bits) { return bits == 0 ? 64 : __builtin_clzll(static_cast<uint64_t>(bits)); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<uint64_t>(a) * b >> 32; }
-inline float __expf(float value) { return std::exp(value); }
-inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }

@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,8 @@ NEEDS_COMPILER = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"nee
 CHECKED = [name for name, check in CHECKS.items() if check.serves(Target("cuda_host"))]
 
 PARTS = [f"{part}of8" for part in range(1, 9)]  # of the whole contract, which takes a quarter of an hour
+
+NO_DTYPES: Mapping[str, str] = {}
 
 Outcomes = Callable[[str, str], dict[str, Any]]
 
@@ -37,15 +39,26 @@ def run_suite(
     )
 
 
-def outcomes_of(operator: str, defines: dict[str, tuple[str, ...]], folder: Path) -> Outcomes:
-    """``outcomes(build, extent)`` of all checks, of builds whose names begin with their sanitizers'."""
+def checks_of(name: str, dtypes: Mapping[str, str] = NO_DTYPES) -> list[str]:
+    """Those of a build; what opcheck calls kernels with is made for an operator's first dtype."""
+    return [check for check in CHECKED if check != "opcheck" or name not in dtypes]
+
+
+def outcomes_of(
+    operator: str, defines: dict[str, tuple[str, ...]], folder: Path, dtypes: Mapping[str, str] = NO_DTYPES
+) -> Outcomes:
+    """``outcomes(build, extent)`` of all checks, of builds whose names begin with their sanitizers'.
+
+    ``dtypes`` has those of builds that have kernels of their own for some, such as "float16,bfloat16".
+    """
 
     @functools.cache
     def outcomes(name: str, extent: str) -> dict[str, Any]:
         results = folder / f"{name}-{extent}.json"
         sanitizer = name.split()[0]
         library = build_operator(operator, sanitizer, defines[name])
-        done = run_suite(operator, library, sanitizer, results, extent, *CHECKED)
+        of_build = f"{extent}:{dtypes[name]}" if name in dtypes else extent
+        done = run_suite(operator, library, sanitizer, results, of_build, *checks_of(name, dtypes))
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
         found: dict[str, Any] = json.loads(results.read_text())
         return found
@@ -67,6 +80,7 @@ class Fault(NamedTuple):
     build: str
     message: str
     check: str = "forward_backward"
+    extent: str = "quick"
 
     @property
     def sanitizer(self) -> str:
@@ -83,7 +97,7 @@ def what_is_said_of(operator: str, fault: Fault, defines: tuple[str, ...], folde
     library = build_operator(operator, fault.sanitizer, defines, csrc)
     try:
         results = folder / "results.json"
-        done = run_suite(operator, library, fault.sanitizer, results, "quick", fault.check)
+        done = run_suite(operator, library, fault.sanitizer, results, fault.extent, fault.check)
         failures = json.loads(results.read_text())[fault.check]["failures"] if results.exists() else []
         return "\n".join([*failures, done.stdout, done.stderr])
     finally:
