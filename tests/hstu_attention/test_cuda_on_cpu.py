@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from cuda_host.build import HERE, ROOT, build_operator, environment
 from cuda_host.suite import (
     NEEDS_COMPILER,
     PARTS,
@@ -49,6 +52,38 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 )
 def test_contract(suite: Outcomes, build: str, check: str) -> None:
     check_outcome(suite(build, "quick")[check])
+
+
+BAD_VALUES = """
+import sys
+import torch
+from cuda_host.contract import candidate, load_kernels
+from recsys_ops import HSTUMask, hstu_attention
+from recsys_ops.hstu_attention.cases import SPEC
+
+q = torch.randn(9, 2, 64, dtype=torch.float16)
+good, few = torch.tensor([0, 4, 9]), torch.tensor([3, 6])
+with candidate(SPEC, load_kernels(sys.argv[1], "hstu_attention"), "cuda_host"):
+    hstu_attention(q, q, q, good, scale=1.0, backend="cuda_host")
+    for offsets, mask in ((torch.tensor([0, 4, 10]), HSTUMask()), (good, HSTUMask(num_targets=few))):
+        try:
+            hstu_attention(q, q, q, offsets, scale=1.0, mask=mask, backend="cuda_host")
+        except RuntimeError as error:
+            print(error)
+"""
+
+
+def test_warpgroups_assert_values() -> None:
+    library = build_operator(OP, "address", DEFINES["address warpgroups"])
+    done = subprocess.run(
+        [sys.executable, "-c", BAD_VALUES, str(library)],
+        env=environment("address") | {"PYTHONPATH": str(HERE.parent)},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stdout.count("CUDA: hstu_attention: expected offsets from 0") == 2
 
 
 @pytest.mark.slow
